@@ -1,0 +1,1 @@
+"""One way to make it you per file; found by listing the folder."""

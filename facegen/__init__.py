@@ -1,0 +1,3 @@
+"""facegen: diffusion-based face generation and personalization."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,1 @@
+"""The face world: people drawn from named parameters."""
