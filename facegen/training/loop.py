@@ -298,7 +298,7 @@ def run(
     objective: Objective,
     folder: Path,
     budget: Budget,
-    settings: LoopSettings = LoopSettings(),  # noqa: B008
+    settings: LoopSettings = LoopSettings(),
 ) -> dict[str, Any]:
     """Train until the budget is spent; go on from ``folder``'s checkpoint if there is one.
 

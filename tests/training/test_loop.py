@@ -66,7 +66,8 @@ def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
 def test_a_run_out_of_time_goes_on_where_it_stopped(tmp_path: Path) -> None:
     run(Tiny(), tmp_path / "whole", Budget(steps=8), SETTINGS)
     first = run(Tiny(), tmp_path / "parts", Budget(steps=8, seconds=0.0), SETTINGS)
-    assert first["steps"] == 1 and "answer" not in first
+    assert first["steps"] == 1
+    assert "answer" not in first
     last = run(Tiny(), tmp_path / "parts", Budget(steps=8), SETTINGS)
     assert last["answer"] == 42.0
     _same(tmp_path / "whole", tmp_path / "parts")
@@ -112,13 +113,16 @@ def test_the_average_is_worn_only_inside(tmp_path: Path) -> None:
 def test_the_learning_rate_rises_then_falls_with_the_steps() -> None:
     settings = LoopSettings(warmup=10, final_rate=0.1)
     rates = [settings.rate(step, 100) for step in range(100)]
-    assert rates[0] == pytest.approx(0.1) and max(rates) == pytest.approx(1.0) and rates[-1] < 0.11
+    assert rates[0] == pytest.approx(0.1)
+    assert max(rates) == pytest.approx(1.0)
+    assert rates[-1] < 0.11
     assert LoopSettings(warmup=0, schedule="constant").rate(70, 100) == 1.0
 
 
 def test_seeds_differ_by_step_and_process() -> None:
     seeds = {step_seed(seed, step, rank) for seed in range(3) for step in range(50) for rank in range(2)}
-    assert len(seeds) == 300 and all(0 <= seed < 2**63 for seed in seeds)
+    assert len(seeds) == 300
+    assert all(0 <= seed < 2**63 for seed in seeds)
 
 
 def test_a_broken_checkpoint_is_named(tmp_path: Path) -> None:
@@ -134,5 +138,7 @@ def test_figures_of_stages_are_merged(tmp_path: Path) -> None:
     record("a", {"x": 1}, path)
     record("b", {"y": 2}, path)
     record("a", {"z": 3}, path)
-    assert '"z": 3' in path.read_text() and '"x": 1' in path.read_text() and '"y": 2' in path.read_text()
+    assert '"z": 3' in path.read_text()
+    assert '"x": 1' in path.read_text()
+    assert '"y": 2' in path.read_text()
     assert list(tmp_path.iterdir()) == [path]
