@@ -1,0 +1,231 @@
+"""From patches to pixels: pose and camera, and a z-buffer which samples every grid cell as densely as the picture needs.
+
+A cell is split so finely that neighbouring samples lie less than a pixel apart, which leaves no pinholes at any size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from facegen.world.fields import Knobs, cross, smoothstep, unit
+from facegen.world.geometry import Patch
+
+CAMERA_DISTANCE = 9.0
+FIELD_HEIGHT = 3.42
+FIELD_CENTRE = -0.10
+PIVOT = (0.0, -0.75, -0.15)
+NEAREST = 3.0
+DEPTH_RANGE = 8.0
+DEPTH_BITS, CELL_BITS, SPOT_BITS = 22, 24, 8
+SPACING = 0.62
+MOST_SPLITS = 192
+EMPTY = 2**62
+
+
+@dataclass(frozen=True, eq=False)
+class Mesh:
+    """All patches of a batch, posed, as one list of vertices and one list of cells.
+
+    ``points`` and ``normals`` (B, V, 3) camera space; ``rest`` (B, V, 3); ``inside`` (B, V); ``cells`` (Q, 4) indices
+    of vertices in the order (0, 0), (0, 1), (1, 0), (1, 1) of row, column; ``keep`` (B, Q); ``material`` (Q,);
+    ``facing`` (Q,) is 0 where both sides are seen; ``side`` (Q,) is -1, 0 or 1 for the parts at the picture's left and right;
+    ``casts`` (V,) says whether a vertex casts a shadow.
+    """
+
+    points: Tensor
+    normals: Tensor
+    rest: Tensor
+    inside: Tensor
+    cells: Tensor
+    keep: Tensor
+    material: Tensor
+    facing: Tensor
+    side: Tensor
+    casts: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Fragments:
+    """The visible surface: one row for each covered pixel.
+
+    ``picture`` and ``pixel`` (N,) say where; ``material`` (N,); ``points``, ``normals``, ``rest`` (N, 3);
+    ``side`` (N,) as in Mesh.
+    """
+
+    picture: Tensor
+    pixel: Tensor
+    material: Tensor
+    points: Tensor
+    normals: Tensor
+    rest: Tensor
+    side: Tensor
+
+
+def rotation(yaw: Tensor, pitch: Tensor, roll: Tensor) -> Tensor:
+    """Rotation matrices (B, 3, 3): pitch up, then yaw to the picture's right, then roll clockwise."""
+    cy, sy, cx, sx = torch.cos(yaw), torch.sin(yaw), torch.cos(-pitch), torch.sin(-pitch)
+    cz, sz = torch.cos(-roll), torch.sin(-roll)
+    zero, one = torch.zeros_like(yaw), torch.ones_like(yaw)
+    rows = lambda *entries: torch.stack(entries, -1).view(-1, 3, 3)  # noqa: E731
+    roll_matrix = rows(cz, -sz, zero, sz, cz, zero, zero, zero, one)
+    yaw_matrix = rows(cy, zero, sy, zero, one, zero, -sy, zero, cy)
+    pitch_matrix = rows(one, zero, zero, zero, cx, -sx, zero, sx, cx)
+    return _product(_product(roll_matrix, yaw_matrix), pitch_matrix)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    return (a[:, :, :, None] * b[:, None, :, :]).sum(2)
+
+
+def turn(points: Tensor, matrix: Tensor) -> Tensor:
+    """Rotate points (B, ..., 3) by matrices (B, 3, 3) about the pivot in the neck."""
+    x, y, z = (points[..., axis] - PIVOT[axis] for axis in range(3))
+    shape = (-1,) + (1,) * (points.ndim - 2)
+    m = [[matrix[:, row, column].view(shape) for column in range(3)] for row in range(3)]
+    return torch.stack([m[row][0] * x + m[row][1] * y + m[row][2] * z + PIVOT[row] for row in range(3)], -1)
+
+
+def pose(k: Knobs, points: Tensor, follows: int) -> Tensor:
+    """Head or body points (B, H, W, 3) to camera space; the body follows the head a little, the neck in between."""
+    column = k.scenes.column
+    head = rotation(column("yaw"), column("pitch"), column("roll"))
+    if follows == 0:
+        return turn(points, head)
+    body = rotation(0.22 * column("yaw"), 0 * column("pitch"), 0.10 * column("roll"))
+    if follows == 1:
+        return turn(points, body)
+    t = smoothstep(-0.80, -1.50, points[..., 1])[..., None]
+    return turn(points, head) * (1 - t) + turn(points, body) * t
+
+
+def project(k: Knobs, points: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Pixel coordinates x (right) and y (down) of camera-space points (B, N, 3)."""
+    column = k.scenes.column
+    near = CAMERA_DISTANCE / (CAMERA_DISTANCE - points[..., 2])
+    scale = near * column("zoom")[:, None] * (size / FIELD_HEIGHT)
+    x = points[..., 0] * scale + (1 + column("shift_x")[:, None]) * (size / 2)
+    y = (FIELD_CENTRE - points[..., 1]) * scale + (1 - column("shift_y")[:, None]) * (size / 2)
+    return x, y
+
+
+def _normals(points: Tensor, split_row: int | None) -> Tensor:
+    du = torch.cat(
+        [points[:, :, 1:2] - points[:, :, :1], points[:, :, 2:] - points[:, :, :-2], points[:, :, -1:] - points[:, :, -2:-1]], 2
+    )
+    dv = torch.cat([points[:, 1:2] - points[:, :1], points[:, 2:] - points[:, :-2], points[:, -1:] - points[:, -2:-1]], 1)
+    if split_row is not None:
+        r = split_row
+        dv[:, r] = points[:, r] - points[:, r - 1]
+        dv[:, r + 1] = points[:, r + 2] - points[:, r + 1]
+    return unit(cross(du, dv))
+
+
+@lru_cache(maxsize=256)
+def _cells(rows: int, columns: int, start: int, device: torch.device) -> Tensor:
+    corner = (torch.arange(rows - 1, device=device)[:, None] * columns + torch.arange(columns - 1, device=device)).reshape(-1)
+    return torch.stack([corner, corner + 1, corner + columns, corner + columns + 1], 1) + start
+
+
+def assemble(k: Knobs, patches: Sequence[Patch]) -> Mesh:
+    batch, device = k.count, k.device
+    points, normals, rest, inside, cells, keep, material, facing, side, casts = ([] for _ in range(10))
+    start = 0
+    for patch in patches:
+        at_rest = patch.points.expand(batch, -1, -1, -1)
+        rows, columns = at_rest.shape[1:3]
+        posed = pose(k, at_rest, patch.follows)
+        points.append(posed.reshape(batch, -1, 3))
+        normals.append(_normals(posed, patch.split_row).reshape(batch, -1, 3))
+        rest.append(patch.rest.expand(batch, rows, columns, 3).reshape(batch, -1, 3))
+        one = torch.ones(1, 1, 1, device=device)
+        inside.append((one if patch.inside is None else patch.inside).expand(batch, rows, columns).reshape(batch, -1))
+        cells.append(_cells(rows, columns, start, device))
+        count = (rows - 1) * (columns - 1)
+        everywhere = torch.ones(1, 1, dtype=torch.bool, device=device)
+        keep.append((everywhere if patch.keep is None else patch.keep.reshape(batch, -1)).expand(batch, count))
+        material.append(torch.full((count,), patch.material, device=device))
+        facing.append(torch.full((count,), patch.facing, device=device))
+        side.append(torch.full((count,), patch.side, device=device))
+        casts.append(torch.full((rows * columns,), patch.casts, device=device))
+        start += rows * columns
+    return Mesh(*(torch.cat(list(parts), 1) for parts in (points, normals, rest, inside)),
+                cells=torch.cat(cells), keep=torch.cat(keep, 1), material=torch.cat(material), facing=torch.cat(facing),
+                side=torch.cat(side), casts=torch.cat(casts))  # fmt: skip
+
+
+def rasterise(k: Knobs, mesh: Mesh, size: int) -> Fragments:
+    """The nearest surface in each pixel of pictures of ``size`` x ``size`` pixels."""
+    batch, vertices = mesh.inside.shape
+    x, y = project(k, mesh.points, size)
+    corners = torch.stack([x, y, mesh.points[..., 2], mesh.inside], -1)  # (B, V, 4)
+    picture, cell = _candidates(mesh, corners, size)
+    at_corners = corners.view(-1, 4)[(picture[:, None] * vertices + mesh.cells[cell]).view(-1)].view(-1, 4, 4)
+    buffer = _z_buffer(picture, cell, at_corners, batch, size)
+    pixel = (buffer < EMPTY).nonzero()[:, 0]
+    return _resolve(mesh, buffer[pixel], pixel, size)
+
+
+def _candidates(mesh: Mesh, corners: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Pictures and cells which may be visible: kept, not cut away, not turned away, and within the picture."""
+    x, y, inside = corners[..., 0], corners[..., 1], corners[..., 3]
+    c = mesh.cells
+    x0, x1, x2, x3 = (x[:, c[:, i]] for i in range(4))
+    y0, y1, y2, y3 = (y[:, c[:, i]] for i in range(4))
+    area = (x3 - x0) * (y1 - y2) - (y3 - y0) * (x1 - x2)
+    turned = (area * mesh.facing) <= 0
+    alive = inside > 0
+    exists = alive[:, c[:, 0]] | alive[:, c[:, 1]] | alive[:, c[:, 2]] | alive[:, c[:, 3]]
+    right = torch.maximum(torch.maximum(x0, x1), torch.maximum(x2, x3)) >= 0
+    left = torch.minimum(torch.minimum(x0, x1), torch.minimum(x2, x3)) < size
+    low = torch.maximum(torch.maximum(y0, y1), torch.maximum(y2, y3)) >= 0
+    high = torch.minimum(torch.minimum(y0, y1), torch.minimum(y2, y3)) < size
+    seen = mesh.keep & exists & right & left & low & high & ~(turned & (mesh.facing != 0))
+    picture, cell = seen.nonzero(as_tuple=True)
+    return picture, cell
+
+
+def _z_buffer(picture: Tensor, cell: Tensor, corners: Tensor, batch: int, size: int) -> Tensor:
+    """Keys (B * size * size,) of the nearest samples: depth, cell and place in the cell; EMPTY where nothing is."""
+    p00, p01, p10, p11 = corners.unbind(1)  # (M, 4) each: x, y, z, inside
+    edge = lambda a, b: torch.maximum((a[:, 0] - b[:, 0]).abs(), (a[:, 1] - b[:, 1]).abs())  # noqa: E731
+    splits = lambda length: (length * (1 / SPACING)).ceil().clamp(1, MOST_SPLITS).long()  # noqa: E731
+    across = splits(torch.maximum(edge(p00, p01), edge(p10, p11)) * 1.2)
+    along = splits(torch.maximum(edge(p00, p10), edge(p01, p11)) * 1.2)
+    count = across * along
+    owner = torch.repeat_interleave(count)  # (S,) row of the candidate a sample belongs to
+    place = torch.arange(len(owner), device=owner.device) - (count.cumsum(0) - count)[owner]
+    wide = across[owner]
+    row = torch.div(place, wide, rounding_mode="floor")
+    u = ((place - row * wide).float() + 0.5) / wide
+    v = (row.float() + 0.5) / along[owner]
+    terms = torch.cat([p00, p01 - p00, p10 - p00, p11 - p10 - p01 + p00], 1)[owner]  # (S, 16)
+    value = lambda i: terms[:, i] + u * terms[:, 4 + i] + v * (terms[:, 8 + i] + u * terms[:, 12 + i])  # noqa: E731
+    column, line = value(0).floor(), value(1).floor()
+    valid = (value(3) > 0) & (column >= 0) & (column < size) & (line >= 0) & (line < size)
+    depth = ((NEAREST - value(2)) * ((2**DEPTH_BITS - 1) / DEPTH_RANGE)).clamp(0, 2**DEPTH_BITS - 1).long()
+    spot = ((v * 256).long() << SPOT_BITS) | (u * 256).long()
+    key = (depth << (CELL_BITS + 2 * SPOT_BITS)) | (cell[owner] << (2 * SPOT_BITS)) | spot
+    target = (picture[owner] * size + line.long()) * size + column.long()
+    buffer = torch.full((batch * size * size,), EMPTY, dtype=torch.int64, device=corners.device)
+    return buffer.scatter_reduce_(0, target[valid], key[valid], "amin")
+
+
+def _resolve(mesh: Mesh, key: Tensor, pixel: Tensor, size: int) -> Fragments:
+    picture = torch.div(pixel, size * size, rounding_mode="floor")
+    vertices = mesh.inside.shape[1]
+    mask = 2**SPOT_BITS - 1
+    u = ((key & mask).float() + 0.5)[:, None] / 256
+    v = (((key >> SPOT_BITS) & mask).float() + 0.5)[:, None] / 256
+    cell = (key >> (2 * SPOT_BITS)) & (2**CELL_BITS - 1)
+    values = torch.cat([mesh.points, mesh.normals, mesh.rest], -1).view(-1, 9)
+    corner = picture[:, None] * vertices + mesh.cells[cell]
+    p00, p01, p10, p11 = (values[corner[:, i]] for i in range(4))
+    blended = (p00 * (1 - u) + p01 * u) * (1 - v) + (p10 * (1 - u) + p11 * u) * v
+    points, normals, rest = blended[:, :3], unit(blended[:, 3:6]), blended[:, 6:]
+    normals = torch.where(normals[:, 2:3] < -0.02, -normals, normals)
+    return Fragments(picture, pixel, mesh.material[cell], points.contiguous(), normals, rest.contiguous(), mesh.side[cell])
