@@ -83,7 +83,7 @@ class ResidualBlock(nn.Module):
 
 
 class RecogniserNet(nn.Module):
-    """The pack's recogniser, a short IResNet: aligned RGB crops (B, 3, 112, 112) in [-1, 1] to (B, D), not normalised."""
+    """The pack's recogniser, a short IResNet: aligned RGB crops (B, 3, 112, 112) in [-1, 1] to raw (B, D)."""
 
     def __init__(self, dim: int = 128, widths: Sequence[int] = (32, 64, 128), size: int = 112) -> None:
         super().__init__()

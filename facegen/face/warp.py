@@ -36,8 +36,11 @@ def transform(matrices: Tensor, points: Tensor) -> Tensor:
     return points @ matrices[:, :, :2].transpose(1, 2) + matrices[:, None, :, 2]
 
 
-def warp(images: Tensor, matrices: Tensor, size: int, padding: str = "zeros") -> Tensor:
-    """Crops (B, C, size, size) of images (B, C, H, W); ``matrices`` (B, 2, 3) carry image pixels to crop pixels."""
+def warp(images: Tensor, matrices: Tensor, size: int, padding: str = "zeros", mode: str = "bilinear") -> Tensor:
+    """Crops (B, C, size, size) of images (B, C, H, W); ``matrices`` (B, 2, 3) carry image pixels to crop pixels.
+
+    ``padding`` and ``mode`` are those of ``grid_sample``.
+    """
     height, width = images.shape[-2:]
     linear, shift = matrices[:, :, :2], matrices[:, :, 2:]
     # Inverse of a 2 × 2 in closed form: a batched solver is much slower on a CPU.
@@ -49,7 +52,7 @@ def warp(images: Tensor, matrices: Tensor, size: int, padding: str = "zeros") ->
     x = inverse[:, 0, 0, None, None] * places + inverse[:, 0, 1, None, None] * places[:, None] + origin[:, 0, :, None]
     y = inverse[:, 1, 0, None, None] * places + inverse[:, 1, 1, None, None] * places[:, None] + origin[:, 1, :, None]
     grid = torch.stack([(2 * x + 1) / width - 1, (2 * y + 1) / height - 1], -1)  # (B, size, size, 2)
-    return F.grid_sample(images, grid, mode="bilinear", padding_mode=padding, align_corners=False)
+    return F.grid_sample(images, grid, mode=mode, padding_mode=padding, align_corners=False)
 
 
 def aligned_crops(images: Tensor, points: Tensor, size: int = 112) -> Tensor:

@@ -34,10 +34,15 @@ class Wear:
     erase: float = 0.2
 
 
-GENTLE = Wear(light=0.12, color=0.06, gamma=0.1, gray=0.0, blur=0.2, smallest=0.5, noise=0.2, noise_level=0.03, jpeg=0.1,
-              erase=0.05)  # fmt: skip
-ROUGH = Wear(light=0.5, color=0.3, gamma=0.6, gray=0.25, invert=0.1, blur=0.4, smallest=0.2, noise=0.4,
-             noise_level=0.12, jpeg=0.3, erase=0.3)  # fmt: skip
+USUAL = Wear()
+GENTLE = Wear(
+    light=0.12, color=0.06, gamma=0.1, gray=0.0, blur=0.2, smallest=0.5, noise=0.2, noise_level=0.03, jpeg=0.1,
+    erase=0.05,
+)  # fmt: skip
+ROUGH = Wear(
+    light=0.5, color=0.3, gamma=0.6, gray=0.25, invert=0.1, blur=0.4, smallest=0.2, noise=0.4, noise_level=0.12,
+    jpeg=0.3, erase=0.3,
+)  # fmt: skip
 
 
 def uniform(shape: tuple[int, ...], low: float, high: float, generator: torch.Generator) -> Tensor:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from facegen.face.warp import ARCFACE_POINTS, aligned_crops, similarities, warp
-from facegen.training.augment import Wear, uniform, wear
+from facegen.training.augment import USUAL, Wear, uniform, wear
 from facegen.training.cache import Cache, shuffled
 from facegen.training.loop import Objective
 from facegen.training.objectives.arcface import ArcFaceMargin
@@ -34,7 +34,7 @@ class RecogniserSettings:
     margin: float = 0.3
     scale: float = 24.0
     regression: float = 15.0  # weight of the true parameters at the start; it falls to 0.3 of that
-    wear: Wear = Wear()
+    wear: Wear = USUAL
     jitter: float = 1.5  # pixels of the crop: the points that a detector finds are not the true ones
     seed: int = 0
 
@@ -50,8 +50,8 @@ class RecogniserObjective(Objective):
         self.size = int(size)  # type: ignore[arg-type]
         torch.manual_seed(settings.seed)
         self.margin = ArcFaceMargin(dim, len(cache.people), settings.scale)  # type: ignore[arg-type]
-        self.parameters = nn.Linear(dim, len(IDENTITY))  # type: ignore[arg-type]
-        self.module = nn.ModuleDict({"net": net, "margin": self.margin, "parameters": self.parameters})
+        self.reading = nn.Linear(dim, len(IDENTITY))  # type: ignore[arg-type]
+        self.module = nn.ModuleDict({"net": net, "margin": self.margin, "reading": self.reading})
         self.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def compiled(self) -> tuple[nn.Module, ...]:
@@ -90,7 +90,7 @@ class RecogniserObjective(Objective):
         done = min(1.0, step / max(1, settings.steps))
         embeddings = self.net(batch["crops"]).float()
         recognition, right = self.margin(embeddings, batch["labels"], settings.margin * min(1.0, 2 * done))
-        error = (self.parameters(embeddings).float() - batch["targets"]).square() * batch["weights"]
+        error = (self.reading(embeddings).float() - batch["targets"]).square() * batch["weights"]
         regression = error.sum() / batch["weights"].sum()
         weight = settings.regression * (1 - 0.7 * done)
         return {
