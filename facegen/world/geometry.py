@@ -448,7 +448,7 @@ def neck_patch(k: Knobs, m: Measures, material: int) -> Patch:
     cords = 0.010 * (0.5 + k["age"]) * ridge(u.abs(), 0.42 - 0.25 * v, 0.10)
     reach = radius + apple + cords
     points = surface(reach * torch.sin(u), -0.55 - 1.20 * v, reach * 0.95 * torch.cos(u) - 0.14 - 0.03 * v)
-    return Patch(material, points, surface(u, v, 0 * u).expand_as(points), follows=2)
+    return Patch(material, points, surface(u, v, 0 * u).expand_as(points), follows=2, facing=-1)
 
 
 def surface(x: Tensor, y: Tensor, z: Tensor) -> Tensor:

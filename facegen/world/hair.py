@@ -106,7 +106,7 @@ def _cap(k: Knobs, m: Measures, columns: int, rows: int) -> Patch:
     lift = (lift + 0.010) / length_n
     points = surface(x + x / 0.62 * lift, y + (y / 1.2 + 0.25) * lift, z + z / 0.9 * lift)
     inside = torch.where(k["hair_style"] > 0, above, -torch.ones_like(above))
-    return Patch(Material.HAIR, points, surface(s, y, above), inside)
+    return Patch(Material.HAIR, points, surface(s, y, above), inside, facing=1)
 
 
 def _fall(k: Knobs, m: Measures) -> Patch:

@@ -1,6 +1,6 @@
-"""From patches to pixels: pose and camera, and a z-buffer which samples every grid cell as densely as the picture needs.
+"""From patches to pixels: pose and camera, and a z-buffer of the two triangles of every grid cell.
 
-A cell is split so finely that neighbouring samples lie less than a pixel apart, which leaves no pinholes at any size.
+Neighbouring triangles share their edges and every pixel centre is tried, so there are no pinholes at any size.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ PIVOT = (0.0, -0.75, -0.15)
 NEAREST = 3.0
 DEPTH_RANGE = 8.0
 DEPTH_BITS, CELL_BITS, SPOT_BITS = 22, 24, 8
-SPACING = 0.62
-MOST_SPLITS = 192
+EDGE = 2e-3
 EMPTY = 2**62
 
 
@@ -189,28 +188,51 @@ def _candidates(mesh: Mesh, corners: Tensor, size: int) -> tuple[Tensor, Tensor]
     return picture, cell
 
 
+def _affine(origin: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, ...]:
+    """Coefficients (1, x, y) of the two coordinates of a point in a triangle: 0 at the origin, 1 at the other corners."""
+    ax, ay = first[:, 0] - origin[:, 0], first[:, 1] - origin[:, 1]
+    bx, by = second[:, 0] - origin[:, 0], second[:, 1] - origin[:, 1]
+    area = ax * by - ay * bx
+    # A triangle without area covers nothing: its coordinates become hugely negative.
+    scale = torch.where(area.abs() > 1e-7, 1 / area, torch.full_like(area, float("nan")))
+    ux, uy, vx, vy = by * scale, -bx * scale, -ay * scale, ax * scale
+    x, y = origin[:, 0], origin[:, 1]
+    return -(ux * x + uy * y), ux, uy, -(vx * x + vy * y), vx, vy
+
+
 def _z_buffer(picture: Tensor, cell: Tensor, corners: Tensor, batch: int, size: int) -> Tensor:
-    """Keys (B * size * size,) of the nearest samples: depth, cell and place in the cell; EMPTY where nothing is."""
+    """Keys (B * size * size,) of the nearest cells: depth, cell and place in the cell; EMPTY where nothing is.
+
+    Each cell is two triangles; every pixel centre within the bounds of a cell is tried against both.
+    """
     p00, p01, p10, p11 = corners.unbind(1)  # (M, 4) each: x, y, z, inside
-    edge = lambda a, b: torch.maximum((a[:, 0] - b[:, 0]).abs(), (a[:, 1] - b[:, 1]).abs())  # noqa: E731
-    splits = lambda length: (length * (1 / SPACING)).ceil().clamp(1, MOST_SPLITS).long()  # noqa: E731
-    across = splits(torch.maximum(edge(p00, p01), edge(p10, p11)) * 1.2)
-    along = splits(torch.maximum(edge(p00, p10), edge(p01, p11)) * 1.2)
-    count = across * along
+    low = (corners[..., :2].amin(1) - 0.5).ceil().clamp(min=0)
+    high = (corners[..., :2].amax(1) - 0.5).floor().clamp(max=size - 1)
+    extent = (high - low + 1).clamp(min=0).long()
+    count = extent[:, 0] * extent[:, 1]
     owner = torch.repeat_interleave(count)  # (S,) row of the candidate a sample belongs to
     place = torch.arange(len(owner), device=owner.device) - (count.cumsum(0) - count)[owner]
-    wide = across[owner]
-    row = torch.div(place, wide, rounding_mode="floor")
-    u = ((place - row * wide).float() + 0.5) / wide
-    v = (row.float() + 0.5) / along[owner]
-    terms = torch.cat([p00, p01 - p00, p10 - p00, p11 - p10 - p01 + p00], 1)[owner]  # (S, 16)
-    value = lambda i: terms[:, i] + u * terms[:, 4 + i] + v * (terms[:, 8 + i] + u * terms[:, 12 + i])  # noqa: E731
-    column, line = value(0).floor(), value(1).floor()
-    valid = (value(3) > 0) & (column >= 0) & (column < size) & (line >= 0) & (line < size)
-    depth = ((NEAREST - value(2)) * ((2**DEPTH_BITS - 1) / DEPTH_RANGE)).clamp(0, 2**DEPTH_BITS - 1).long()
-    spot = ((v * 256).long() << SPOT_BITS) | (u * 256).long()
-    key = (depth << (CELL_BITS + 2 * SPOT_BITS)) | (cell[owner] << (2 * SPOT_BITS)) | spot
-    target = (picture[owner] * size + line.long()) * size + column.long()
+    values = (p00, p01 - p00, p10 - p00, p11 - p10 - p01 + p00)
+    table = torch.stack([*_affine(p00, p01, p10), *_affine(p11, p10, p01),
+                         *(value[:, 2] for value in values), *(value[:, 3] for value in values), low[:, 0], low[:, 1]])  # fmt: skip
+    a0, ax, ay, b0, bx, by, c0, cx, cy, d0, dx, dy, z0, zu, zv, zuv, i0, iu, iv, iuv, left, top = table[:, owner].unbind()
+    wide = extent[:, 0][owner]
+    line = torch.div(place, wide, rounding_mode="floor")
+    column = (place - line * wide) + left.long()
+    line = line + top.long()
+    x, y = column.float() + 0.5, line.float() + 0.5
+    u, v = a0 + ax * x + ay * y, b0 + bx * x + by * y
+    u_far, v_far = c0 + cx * x + cy * y, d0 + dx * x + dy * y
+    near = (u >= -EDGE) & (v >= -EDGE) & (u + v <= 1 + EDGE)
+    far = (u_far >= -EDGE) & (v_far >= -EDGE) & (u_far + v_far <= 1 + EDGE)
+    u = torch.where(near, u, 1 - u_far).clamp(0, 1)
+    v = torch.where(near, v, 1 - v_far).clamp(0, 1)
+    uv = u * v
+    valid = (near | far) & (i0 + u * iu + v * iv + uv * iuv > 0)
+    depth = ((NEAREST - (z0 + u * zu + v * zv + uv * zuv)) * ((2**DEPTH_BITS - 1) / DEPTH_RANGE)).clamp(0, 2**DEPTH_BITS - 1)
+    spot = ((v * 255).long() << SPOT_BITS) | (u * 255).long()
+    key = (depth.long() << (CELL_BITS + 2 * SPOT_BITS)) | (cell[owner] << (2 * SPOT_BITS)) | spot
+    target = (picture[owner] * size + line) * size + column
     buffer = torch.full((batch * size * size,), EMPTY, dtype=torch.int64, device=corners.device)
     return buffer.scatter_reduce_(0, target[valid], key[valid], "amin")
 
@@ -219,8 +241,8 @@ def _resolve(mesh: Mesh, key: Tensor, pixel: Tensor, size: int) -> Fragments:
     picture = torch.div(pixel, size * size, rounding_mode="floor")
     vertices = mesh.inside.shape[1]
     mask = 2**SPOT_BITS - 1
-    u = ((key & mask).float() + 0.5)[:, None] / 256
-    v = (((key >> SPOT_BITS) & mask).float() + 0.5)[:, None] / 256
+    u = (key & mask).float()[:, None] / 255
+    v = ((key >> SPOT_BITS) & mask).float()[:, None] / 255
     cell = (key >> (2 * SPOT_BITS)) & (2**CELL_BITS - 1)
     values = torch.cat([mesh.points, mesh.normals, mesh.rest], -1).view(-1, 9)
     corner = picture[:, None] * vertices + mesh.cells[cell]

@@ -53,7 +53,7 @@ def torso_patch(k: Knobs) -> Patch:
     chest = 0.05 * ridge(y, -2.1, 0.35) * (c.clamp(min=0))
     stretched = s * (1.16 - 0.16 * s * s)
     points = surface(width * stretched, y, deep * c - 0.20 + chest)
-    return Patch(Material.CLOTH, points, points, follows=1)
+    return Patch(Material.CLOTH, points, points, follows=1, facing=-1)
 
 
 def glasses_patches(k: Knobs, m: Measures) -> list[Patch]:
