@@ -1,0 +1,1 @@
+"""The browser demo: a tab per pipeline, a control per field of its request."""
