@@ -1,0 +1,246 @@
+"""Weights on disk: read into one flat dict of tensors, judged at the door, written whole or not at all.
+
+A pickle of nested dicts (`{"image_proj": {...}, "ip_adapter": {...}}`) and its safetensors twin (`image_proj.…`,
+`ip_adapter.…`) read as the same flat dict. Pickles are opened with `weights_only=True`: nothing in them is executed.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import tempfile
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from facegen.errors import CheckpointBroken, FacegenError, OutputUnwritable, WeightsMissing, WrongAdapter
+
+Tensors: TypeAlias = dict[str, Tensor]
+Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
+Nested: TypeAlias = Mapping[str, "Tensor | Nested"]
+
+SAFE = ".safetensors"
+SUFFIXES = (SAFE, ".bin", ".pt", ".pth", ".ckpt")
+
+# What a file that no adapter claims most likely is: name, keys that must all be present (as a prefix or inside).
+_FOREIGN: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("StoryMaker adapter", ("image_proj_model.pos_embed",)),
+    ("ID-Animator adapter", ("to_k_face.weight",)),
+    ("PhotoMaker adapter", ("id_encoder.", "lora_weights.")),
+    ("PuLID adapter", ("id_adapter.",)),
+    ("FaceChain-FACT adapter", ("local_fac_prj.",)),
+    ("PreciseControl mapper", ("meta_id_net.",)),
+    ("W+ adapter", ("to_k_wplus.weight",)),
+    ("IP-Adapter for pictures (not for faces)", ("image_proj.", "to_k_ip.weight")),
+    ("whole Stable Diffusion model in one file", ("model.diffusion_model.",)),
+    ("ControlNet", ("controlnet_cond_embedding.",)),
+    ("UNet", ("down_blocks.", "up_blocks.", "conv_in.weight")),
+    ("VAE", ("decoder.conv_in.weight",)),
+    ("CLIP image encoder", ("vision_model.",)),
+    ("CLIP text encoder", ("token_embedding.weight",)),
+    ("e4e encoder", ("encoder.input_layer.",)),
+    ("face recogniser", ("layer1.0.bn1.weight", "fc.weight")),
+    ("LoRA", ("lora_",)),
+)
+
+
+def read(path: Path) -> Tensors:
+    """All tensors of a checkpoint, flat, on the CPU, in the dtype of the file; what is not a tensor is left out.
+
+    Raises WeightsMissing when there is no such file and CheckpointBroken when it is truncated, is no checkpoint,
+    holds nothing, or holds NaN or infinite numbers.
+    """
+    tensors = _flat_safetensors(path) if path.suffix == SAFE else dict(flat(_unpickle(path)))
+    if not tensors:
+        raise CheckpointBroken(f"{path} holds no tensors; fetch the file again.")
+    for key, value in tensors.items():
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise CheckpointBroken(f"{path} holds NaN or infinite numbers in {key}; fetch or train the file again.")
+    return tensors
+
+
+def shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor, without reading the numbers (the header of a safetensors file, a mapped pickle)."""
+    if path.suffix == SAFE:
+        with _open_safetensors(path) as file:
+            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    return {key: tuple(value.shape) for key, value in flat(_unpickle(path))}
+
+
+def flat(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Depth first, keys joined by a dot."""
+    for key, value in nested.items():
+        if isinstance(value, Tensor):
+            yield f"{prefix}{key}", value.detach()
+        elif isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{key}.")
+
+
+def section(tensors: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The entries below `name.`, without that prefix; empty when there are none."""
+    prefix = f"{name}."
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+
+
+def load_into(module: nn.Module, tensors: Mapping[str, Tensor], *, path: Path, prefix: str = "") -> None:
+    """Strict load; CheckpointBroken names the first keys that are missing, unknown or of another shape."""
+    own = module.state_dict()
+    missing = [prefix + key for key in own if key not in tensors]
+    unknown = [prefix + key for key in tensors if key not in own]
+    if missing:
+        raise CheckpointBroken(f"{path} lacks {_some(missing)}; fetch the file again.")
+    if unknown:
+        raise CheckpointBroken(f"{path} holds keys that do not belong there: {_some(unknown)}.")
+    wrong = [
+        f"{prefix}{key} {list(tensors[key].shape)} instead of {list(own[key].shape)}"
+        for key in own
+        if tensors[key].shape != own[key].shape
+    ]
+    if wrong:
+        raise CheckpointBroken(f"{path} holds weights of sizes that do not fit one another: {_some(wrong)}.")
+    module.load_state_dict({key: value.to(own[key].dtype) for key, value in tensors.items()})
+
+
+def require(keys: Mapping[str, Any], *names: str, path: Path) -> None:
+    """CheckpointBroken unless every name is there; for the keys from which the sizes of a network are read."""
+    missing = [name for name in names if name not in keys]
+    if missing:
+        raise CheckpointBroken(f"{path} lacks {_some(missing)}; fetch the file again.")
+
+
+def foreign(keys: Iterable[str]) -> str | None:
+    """What kind of file these keys come from ("PuLID adapter", "LoRA", "UNet" …), None when unknown."""
+    names = list(keys)
+    for kind, marks in _FOREIGN:
+        if all(any(mark in name for name in names) for mark in marks):
+            return kind
+    return None
+
+
+def refuse(path: Path, keys: Iterable[str], wanted: str) -> FacegenError:
+    """The error for a readable file that is not `wanted`: it says what the file is, where that is known."""
+    kind = foreign(keys)
+    what = f"is a {kind}" if kind else "holds weights of no known kind"
+    return WrongAdapter(f"{path} {what}, not {wanted}; give the right file or another adapter.")
+
+
+def base_name(cross_attention_dim: int) -> str:
+    """How people call the base models with text tokens of this width."""
+    known = {768: "SD 1.5", 1024: "SD 2.1", 2048: "SDXL"}
+    return known.get(cross_attention_dim, f"a base model with text tokens {cross_attention_dim} wide")
+
+
+def write(path: Path, tensors: Nested, metadata: Mapping[str, str] | None = None) -> Path:
+    """Write a checkpoint, nested in a pickle or flat in .safetensors, by way of a temporary file in the same folder.
+
+    A reader never sees half a file, and a failed write leaves the old one. Raises OutputUnwritable.
+    """
+    with atomic(path) as temporary:
+        if path.suffix == SAFE:
+            save_file({key: value.cpu().contiguous() for key, value in flat(tensors)}, temporary, dict(metadata or {}))
+        else:
+            torch.save(_detached(tensors), temporary)
+    return path
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its place when the block succeeds and is removed when it fails."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
+    except OSError as error:
+        raise OutputUnwritable(f"{path} cannot be written: {error.strerror}; choose another folder.") from error
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o666 & ~_umask())  # mkstemp makes files that only their owner may read
+        temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise OutputUnwritable(f"{path} cannot be written: {error}; choose another folder or free some space.") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _detached(nested: Nested) -> dict[str, Any]:
+    return {
+        key: value.detach().cpu().contiguous().clone() if isinstance(value, Tensor) else _detached(value)
+        for key, value in nested.items()
+    }
+
+
+@contextmanager
+def _open_safetensors(path: Path) -> Iterator[Any]:
+    _check_file(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError, ValueError) as error:
+        raise _broken(path, error) from error
+
+
+def _flat_safetensors(path: Path) -> Tensors:
+    _check_file(path)
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise _broken(path, error) from error
+
+
+def _unpickle(path: Path) -> Mapping[str, Any]:
+    _check_file(path)
+    try:
+        # The old pickle format (before torch 1.6) cannot be mapped.
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        raise CheckpointBroken(
+            f"{path} is damaged, or holds Python objects besides tensors, which are not opened for safety; "
+            "fetch the file again or convert it to .safetensors."
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, zipfile.BadZipFile) as error:
+        raise _broken(path, error) from error
+    if not isinstance(content, Mapping):
+        raise CheckpointBroken(f"{path} holds a {type(content).__name__}, not named tensors; it is no checkpoint.")
+    return content
+
+
+def _check_file(path: Path) -> None:
+    if not path.is_file():
+        raise WeightsMissing(f"{path} is not there; put the file in that place or give another path.")
+    if path.suffix not in SUFFIXES:
+        raise WrongAdapter(f"{path} is no checkpoint; files ending in {', '.join(SUFFIXES)} are.")
+    try:
+        with path.open("rb") as file:
+            start = file.read(64)
+    except OSError as error:
+        raise CheckpointBroken(f"{path} cannot be read: {error.strerror}.") from error
+    if not start:
+        raise CheckpointBroken(f"{path} is empty; fetch the file again.")
+    if start.startswith(b"version https://git-lfs"):
+        raise CheckpointBroken(f"{path} is a Git LFS pointer, not the weights; run `git lfs pull` where it came from.")
+    if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
+        raise CheckpointBroken(f"{path} is a web page, not weights; download the file itself.")
+
+
+def _broken(path: Path, error: Exception) -> CheckpointBroken:
+    reason = str(error).strip().splitlines()
+    detail = f" ({reason[0][:120]})" if reason else ""
+    return CheckpointBroken(f"{path} is truncated or damaged{detail}; fetch the file again.")
+
+
+def _some(items: list[str], count: int = 3) -> str:
+    return ", ".join(items[:count]) + (f" and {len(items) - count} more" if len(items) > count else "")
