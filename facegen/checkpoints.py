@@ -165,7 +165,9 @@ def atomic(path: Path) -> Iterator[Path]:
         temporary.chmod(0o666 & ~_umask())  # mkstemp makes files that only their owner may read
         temporary.replace(path)
     except (OSError, SafetensorError) as error:
-        raise OutputUnwritable(f"{path} cannot be written: {error}; choose another folder or free some space.") from error
+        raise OutputUnwritable(
+            f"{path} cannot be written: {error}; choose another folder or free some space."
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -178,7 +180,7 @@ def _umask() -> int:
 
 def _detached(nested: Nested) -> dict[str, Any]:
     return {
-        key: value.detach().cpu().contiguous().clone() if isinstance(value, Tensor) else _detached(value)
+        key: _detached(value) if isinstance(value, Mapping) else value.detach().cpu().contiguous().clone()
         for key, value in nested.items()
     }
 

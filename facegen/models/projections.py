@@ -1,81 +1,79 @@
 """From a face embedding to the tokens of the IP-Adapter-FaceID family.
 
-Key names and arithmetic of github tencent-ailab/IP-Adapter `ip_adapter/ip_adapter_faceid.py`; sizes are read from the
-file.
+Key names and arithmetic of github tencent-ailab/IP-Adapter `ip_adapter/ip_adapter_faceid.py`; sizes come from the file.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch import Tensor, nn
 
 from facegen.checkpoints import Shapes, section
-from facegen.models.resampler import PerceiverResampler, depth_of
+from facegen.models.resampler import PerceiverResampler, PerceiverSizes
 
 
-class FaceProjection(nn.Module):
-    """LayerNorm(MLP(embedding)) as `tokens` tokens; the norm acts on each token."""
+@dataclass(frozen=True)
+class ProjectionSizes:
+    """Length of the embedding, width inside, number and width of the tokens."""
 
-    def __init__(self, embedding_dim: int, hidden_dim: int, tokens: int, output_dim: int) -> None:
+    embedding: int
+    hidden: int
+    tokens: int
+    output: int
+
+    @classmethod
+    def from_shapes(cls, shapes: Shapes) -> ProjectionSizes:
+        hidden, embedding = shapes["proj.0.weight"]
+        output = shapes["norm.weight"][0]
+        return cls(embedding, hidden, shapes["proj.2.weight"][0] // output, output)
+
+
+class _Mlp(nn.Module):
+    def __init__(self, sizes: ProjectionSizes) -> None:
         super().__init__()
-        self.tokens = tokens
-        self.proj = nn.Sequential(
-            nn.Linear(embedding_dim, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, tokens * output_dim)
-        )
-        self.norm = nn.LayerNorm(output_dim)
+        self.sizes = sizes
+        out = sizes.tokens * sizes.output
+        self.proj = nn.Sequential(nn.Linear(sizes.embedding, sizes.hidden), nn.GELU(), nn.Linear(sizes.hidden, out))
+        self.norm = nn.LayerNorm(sizes.output)
+
+    def faces(self, embeddings: Tensor) -> Tensor:
+        """embeddings (B, n, sizes.embedding) -> (B, n · tokens, output); the norm acts on each token."""
+        tokens = self.proj(embeddings).view(embeddings.shape[0], -1, self.sizes.output)
+        out: Tensor = self.norm(tokens)
+        return out
+
+
+class FaceProjection(_Mlp):
+    """LayerNorm(MLP(embedding)): FaceID (4 tokens) and FaceID-Portrait (16 tokens for each of several photos)."""
 
     @classmethod
     def from_shapes(cls, shapes: Shapes) -> FaceProjection:
-        hidden_dim, embedding_dim = shapes["proj.0.weight"]
-        output_dim = shapes["norm.weight"][0]
-        return cls(embedding_dim, hidden_dim, shapes["proj.2.weight"][0] // output_dim, output_dim)
-
-    @property
-    def input_dim(self) -> int:
-        return self.proj[0].in_features  # pyright: ignore[reportReturnType]
-
-    @property
-    def output_dim(self) -> int:
-        return self.norm.normalized_shape[0]
+        return cls(ProjectionSizes.from_shapes(shapes))
 
     def forward(self, embeddings: Tensor) -> Tensor:
-        """embeddings (B, n, embedding_dim) -> (B, n · tokens, output_dim)."""
-        tokens = self.proj(embeddings).unflatten(-1, (self.tokens, -1))  # (B, n, tokens, output_dim)
-        return self.norm(tokens).flatten(1, 2)
+        """embeddings (B, n, sizes.embedding) -> (B, n · tokens, output)."""
+        return self.faces(embeddings)
 
 
-class FacePlusProjection(FaceProjection):
+class FacePlusProjection(_Mlp):
     """The face tokens as queries into CLIP's patch tokens of the aligned face.
 
-    Plus v1 returns what was read (shortcut=False), PlusV2 adds the face tokens to it (shortcut=True); their files
-    have the same keys.
+    Plus v1 returns what was read (shortcut=False), PlusV2 adds the face tokens to it (shortcut=True); their files have
+    the same keys.
     """
 
-    def __init__(self, face: FaceProjection, clip_dim: int, *, depth: int, heads: int, dim_head: int) -> None:
-        dim = face.output_dim
-        super().__init__(face.input_dim, face.proj[0].out_features, face.tokens, dim)  # pyright: ignore[reportArgumentType]
-        self.perceiver_resampler = PerceiverResampler(
-            clip_dim, dim, depth=depth, heads=heads, dim_head=dim_head, output_dim=dim
-        )
+    def __init__(self, sizes: ProjectionSizes, reader: PerceiverSizes) -> None:
+        super().__init__(sizes)
+        self.perceiver_resampler = PerceiverResampler(reader)
 
     @classmethod
-    def from_shapes(cls, shapes: Shapes, dim_head: int = 64) -> FacePlusProjection:
-        inner = section(shapes, "perceiver_resampler")
-        return cls(
-            FaceProjection.from_shapes(shapes),
-            inner["proj_in.weight"][1],
-            depth=depth_of(inner),
-            heads=inner["layers.0.0.to_q.weight"][0] // dim_head,
-            dim_head=dim_head,
-        )
+    def from_shapes(cls, shapes: Shapes) -> FacePlusProjection:
+        reader = PerceiverSizes.from_shapes(section(shapes, "perceiver_resampler"))
+        return cls(ProjectionSizes.from_shapes(shapes), reader)
 
-    @property
-    def clip_dim(self) -> int:
-        return self.perceiver_resampler.proj_in.in_features
-
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, embeddings: Tensor, clip: Tensor, *, shortcut: bool, structure: float = 1.0
-    ) -> Tensor:
-        """embeddings (B, 1, D), clip (B, S, clip_dim) -> (B, tokens, output_dim); `structure` weighs CLIP in PlusV2."""
-        faces = super().forward(embeddings)
-        read = self.perceiver_resampler(faces, clip)
+    def forward(self, embeddings: Tensor, clip: Tensor, *, shortcut: bool, structure: float = 1.0) -> Tensor:
+        """embeddings (B, n, D), clip (B, S, C) -> (B, n · tokens, output); `structure` weighs CLIP in PlusV2."""
+        faces = self.faces(embeddings)
+        read: Tensor = self.perceiver_resampler(faces, clip)
         return faces + structure * read if shortcut else read
