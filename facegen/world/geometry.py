@@ -226,7 +226,7 @@ def mouth_relief(k: Knobs, m: Measures, x: Tensor, y: Tensor) -> Tensor:
 def wrap_lids(k: Knobs, m: Measures, x: Tensor, y: Tensor, z: Tensor, front: Tensor) -> Tensor:
     """Let the lids lie on the eyeballs, with the fold of the upper lid."""
     for side in SIDES:
-        radius = m.eye_r * 1.09
+        radius = m.eye_r * 1.065
         dx, dy = x - side * m.eye_x, y - m.eye_y
         square_distance = dx * dx + dy * dy
         ball = m.eye_z + torch.sqrt((radius * radius - square_distance).clamp(min=0))
@@ -385,7 +385,7 @@ def _beard_thickness(k: Knobs, m: Measures, rest: tuple[Tensor, Tensor, Tensor],
 
 def eye_patches(k: Knobs, m: Measures, material: int) -> list[Patch]:
     """Eyeballs; their rest coordinates are directions in the frame of the gaze (z along the line of sight)."""
-    u, v = square(30, 26, k.device, (-1.2, 1.2), (-0.95, 0.95))
+    u, v = square(34, 26, k.device, (-1.6, 1.6), (-1.1, 1.1))
     direction = torch.stack([torch.sin(u) * torch.cos(v), torch.sin(v), torch.cos(u) * torch.cos(v)], -1)
     x, y, z = direction.unbind(-1)
     patches = []
@@ -400,11 +400,14 @@ def eye_patches(k: Knobs, m: Measures, material: int) -> list[Patch]:
 
 def mouth_patches(k: Knobs, m: Measures, cavity: int, teeth: int, tongue: int) -> list[Patch]:
     """What an open mouth shows: a dark hollow, two rows of teeth and the tongue."""
+    if not any(k.any(name, 0.01) for name in ("jaw_open", "upper_lip_raise", "nose_wrinkle")):
+        return []
     jaw = k["jaw_open"]
     line = m.mouth_y
     u, v = square(20, 16, k.device, (-1, 1), (-1, 1))
     width = m.mouth_w * (1.15 + 0.3 * k["lip_stretch"] + 0.3 * k["smile"] - 0.3 * k["pucker"])
-    hollow = surface(u * width, line - 0.10 + v * 0.36, 0.62 - 0.16 * u * u)
+    deep = 0.80 - 0.10 * u * u - 0.34 * (1 - u * u) * (1 - v * v)
+    hollow = surface(u * width, line - 0.12 * jaw + v * (0.09 + 0.17 * jaw), deep)
     patches = [Patch(cavity, hollow, surface(u, v, 0 * u).expand_as(hollow))]
     u, v = square(28, 8, k.device, (-1, 1), (0, 1))
     bow = 0.80 - 0.24 * u * u + 0.02 * torch.sin(v * 3)
@@ -420,18 +423,19 @@ def mouth_patches(k: Knobs, m: Measures, cavity: int, teeth: int, tongue: int) -
     return patches
 
 
-def ear_patches(k: Knobs, m: Measures, material: int) -> list[Patch]:
+def ear_patches(k: Knobs, m: Measures, material: int, covered: Tensor) -> list[Patch]:
+    """Both ears; ``covered`` (B, 1, 1) is 1 where hair presses them to the head."""
     u, v = square(26, 26, k.device, (-1, 1), (-1, 1))
     # A square mapped to a disc, so that the rim needs no cut.
     du, dv = u * torch.sqrt(1 - v * v / 2), v * torch.sqrt(1 - u * u / 2)
     radius = torch.sqrt(du * du + dv * dv)
     size = 1 + 0.085 * k["ear_size"] + 0.10 * k["age"] + 0.02 * k["masculinity"]
-    out = 0.035 * k["ear_stickout"]
+    out = 0.035 * k["ear_stickout"] * (1 - covered)
     helix = 0.075 * ridge(radius, 0.82, 0.15) - 0.02 - 0.05 * smoothstep(0.90, 1.0, radius)
     concha = 0.05 * ridge(radius, 0.38, 0.14) * smoothstep(-0.2, 0.6, -0.85 * du + 0.5 * dv)
     up = dv * 0.235 * size * (1 - 0.12 * smoothstep(0, -1, dv)) + 0.01
     ahead = du * 0.140 * size * (1 + 0.25 * dv)
-    stick = (0.06 + 0.05 + out).clamp(min=0.02) * smoothstep(0.5, -1.0, du)
+    stick = (0.11 - 0.07 * covered + out).clamp(min=0.02) * smoothstep(0.5, -1.0, du)
     patches = []
     for side in SIDES:
         x = side * (m.skull_w * 0.955 - 0.005 + (helix + concha) * size + stick)
@@ -443,7 +447,7 @@ def ear_patches(k: Knobs, m: Measures, material: int) -> list[Patch]:
 def neck_patch(k: Knobs, m: Measures, material: int) -> Patch:
     u, v = square(48, 22, k.device, (-math.pi, math.pi), (0, 1))
     man = k["masculinity"]
-    radius = 0.415 + 0.022 * k["neck_width"] + 0.020 * man + 0.30 * v * v * v * v + 0.02 * (1 - v)
+    radius = 0.415 + 0.022 * k["neck_width"] + 0.020 * man + 0.20 * v * v * v * v + 0.02 * (1 - v)
     apple = 0.018 * (man + 1.0).clamp(0, 3) * bump(u, v, (0.0, 0.40), (0.14, 0.07))
     cords = 0.010 * (0.5 + k["age"]) * ridge(u.abs(), 0.42 - 0.25 * v, 0.10)
     reach = radius + apple + cords

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from facegen.world.fields import Knobs, mix, ridge, smoothstep
+from facegen.world.fields import Knobs, mix, power, ridge, smoothstep
 from facegen.world.geometry import Measures, Patch, head_angles, skull, square, surface
 from facegen.world.parameters import HAIR_STYLES
 from facegen.world.wear import Material, hat_line
@@ -17,6 +17,11 @@ PI = math.pi
 
 def _style(k: Knobs, *names: str) -> Tensor:
     return k.is_any("hair_style", *(HAIR_STYLES.index(name) for name in names))
+
+
+def covers_ears(k: Knobs) -> Tensor:
+    """1 where hair hangs over the ears (B, 1, 1)."""
+    return _style(k, "bob", "long straight", "long wavy", "bangs", "curly", "afro")
 
 
 def waves(s: Tensor, frequency: float = 1.0) -> Tensor:
@@ -29,7 +34,6 @@ def hair_edge(k: Knobs, m: Measures, longitude: Tensor, x: Tensor) -> Tensor:
     """Height of the hairline around the head, from the forehead over the temples and ears to the nape."""
     a = longitude.abs()
     part = k["hair_part"]
-    swept = _style(k, "side part", "quiff", "short", "long straight", "long wavy", "bob", "ponytail", "bun")
     fringe = _style(k, "bangs")
     forehead = m.hairline + 0.055 * torch.cos(a * 3.0) * (1 - fringe)
     forehead = forehead - fringe * (0.30 + 0.14 * k["hair_length"] + 0.045 * (m.hairline - 0.64))
@@ -38,10 +42,13 @@ def hair_edge(k: Knobs, m: Measures, longitude: Tensor, x: Tensor) -> Tensor:
     forehead = forehead + recede
     side = _style(k, "side part")
     forehead = forehead - side * 0.10 * smoothstep(-0.1, 0.8, -longitude * part.sign()) * smoothstep(1.0, 0.5, a)
-    temple_fall = _style(k, "bob", "long straight", "long wavy", "bangs")
-    ear = -0.02 - 0.12 * temple_fall + 0.10 * _style(k, "buzz cut") + 0.0 * swept
-    edge = mix(forehead, ear, smoothstep(0.70, 1.20, a))
-    return mix(edge, -0.62 - 0.10 * k["hair_length"] + 0.0 * x, smoothstep(1.55, 2.3, a))
+    loose = covers_ears(k)
+    tied = _style(k, "bun", "ponytail")
+    sideburn = -0.17 + 0.05 * loose + 0.21 * tied + 0.03 * _style(k, "buzz cut")
+    over_ear = 0.10 - 0.20 * loose
+    edge = mix(forehead, sideburn, smoothstep(0.86, 1.08, a))
+    edge = mix(edge, over_ear, smoothstep(1.26, 1.40, a))
+    return mix(edge, -0.62 - 0.10 * k["hair_length"], smoothstep(1.75, 2.3, a))
 
 
 def strand_angle(k: Knobs, x: Tensor, y: Tensor, z: Tensor, longitude: Tensor) -> Tensor:
@@ -88,10 +95,11 @@ def _cap(k: Knobs, m: Measures, columns: int, rows: int) -> Patch:
         + 0.105 * _style(k, "bob", "bangs")
         + 0.085 * _style(k, "long straight", "long wavy")
         + (0.150 + 0.080 * length) * _style(k, "curly")
-        + (0.240 + 0.170 * length) * _style(k, "afro")
+        + 0.100 * _style(k, "afro")
         + 0.050 * _style(k, "bun", "ponytail")
     )
     thick = thick * (0.60 + 0.80 * volume)
+    thick = thick * (1 - 0.75 * _style(k, "bob", "bangs", "long straight", "long wavy") * smoothstep(0.50, 0.15, y))
     top = smoothstep(0.45, 1.0, y)
     quiff = _style(k, "quiff") * (0.14 + 0.20 * length) * (0.6 + 0.8 * volume) * top * smoothstep(-0.5, 0.6, z)
     swoop = _style(k, "side part") * 0.12 * (0.5 + volume) * top * smoothstep(-0.5, 0.5, z) * smoothstep(-0.5, 0.4, -x * part.sign())
@@ -105,8 +113,20 @@ def _cap(k: Knobs, m: Measures, columns: int, rows: int) -> Patch:
     length_n = torch.sqrt((x / 0.62) ** 2 + (y / 1.2 + 0.25) ** 2 + (z / 0.9) ** 2 + 1e-9)
     lift = (lift + 0.010) / length_n
     points = surface(x + x / 0.62 * lift, y + (y / 1.2 + 0.25) * lift, z + z / 0.9 * lift)
+    if bool((k["hair_style"] == HAIR_STYLES.index("afro")).any()):
+        ball = _ball(k, points, curls) * ((1 - hat) * smoothstep(0, 0.10, above))[..., None]
+        points = points + ball * _style(k, "afro")[..., None]
     inside = torch.where(k["hair_style"] > 0, above, -torch.ones_like(above))
-    return Patch(Material.HAIR, points, surface(s, y, above), inside, facing=1)
+    return Patch(Material.HAIR, points, surface(s, y, above), inside)
+
+
+def _ball(k: Knobs, points: Tensor, curls: Tensor) -> Tensor:
+    """The way from points of the cap to the round outline of an afro."""
+    centre = points.new_tensor([0.0, 0.42, -0.18])
+    away = points - centre
+    distance = torch.sqrt((away * away).sum(-1))
+    radius = 0.86 + 0.30 * k["hair_length"] + 0.22 * k["hair_volume"] + 0.03 * curls
+    return away * ((radius - distance).clamp(min=0) / distance.clamp(min=0.1))[..., None]
 
 
 def _fall(k: Knobs, m: Measures) -> Patch:
@@ -120,21 +140,22 @@ def _fall(k: Knobs, m: Measures) -> Patch:
     opening = 0.98 + 0.10 * v - 0.30 * (bob + bangs) * v - 0.10 * (straight + wavy) * smoothstep(0.1, 0.6, v)
     longitude = PI + u * (PI - opening)
     strand = longitude - PI
-    y = 0.50 - (0.50 + long) * v + 0.03 * waves(strand) * v
-    spread = 0.05 + (0.06 + 0.10 * volume) * smoothstep(0, 0.35, v)
+    y = 0.74 - (0.74 + long) * v + 0.03 * waves(strand) * v
+    # Down to the ears it lies on the skull and rises through the cap, so that no ledge shows where it begins.
+    level = torch.sqrt(1 - (y.clamp(min=0) / 1.08) ** 2)
+    spread = (0.10 + 0.11 * volume) * smoothstep(0.74, 0.0, y)
     inward = 0.16 * bob * smoothstep(0.65, 1.0, v) + 0.10 * straight * smoothstep(0.5, 1.0, v)
     width = m.skull_w + spread - inward + (0.10 + 0.10 * volume) * wavy * v + 0.10 * curly
     deep = 0.88 + 0.5 * spread - 0.16 * smoothstep(0.3, 1, v)
     sway = (0.05 + 0.05 * volume) * wavy * torch.sin(v * 17 + strand * 3) * smoothstep(0.1, 0.4, v)
-    lumps = 0.06 * curly * torch.sin(strand * 17) * torch.sin(v * 21)
+    lumps = curly * (0.10 * torch.sin(strand * 13) * torch.sin(v * 17) + 0.07)
     radius = 1 + 0.018 * waves(strand) + sway + lumps
-    tuck = smoothstep(0.14, 0, v)
     points = surface(
-        width * torch.sin(longitude) * radius * (1 - 0.22 * tuck) * -1,
+        (width - m.skull_w * (1 - level)) * torch.sin(longitude) * radius * -1,
         y,
-        (deep * torch.cos(longitude) - 0.06) * radius * (1 - 0.10 * tuck),
+        ((deep - 0.88 * (1 - level)) * torch.cos(longitude) - 0.06) * radius,
     )
-    ends = torch.minimum((1 - u.abs()) * 6 + 0.02, (1 - v) * 1.0 - 0.07 * (1 + waves(strand, 0.9)))
+    ends = torch.minimum((1 - u.abs()) * 6 + 0.02, (1 - v) * 1.0 - 0.06 * (1 + waves(strand, 0.9)))
     exists = straight + wavy + bob + bangs + curly
     inside = torch.where(exists > 0, ends + 0 * exists, -torch.ones_like(ends + 0 * exists))
     return Patch(Material.HAIR, points, surface(strand * 1.3, y, 0.2 + 0 * y), inside)
@@ -154,7 +175,7 @@ def _ponytail(k: Knobs, m: Measures) -> Patch:
     u, v = square(36, 36, k.device, (-PI, PI), (0, 1))
     length, volume = k["hair_length"], k["hair_volume"]
     side = torch.where(k["hair_part"] < 0, 1.0, -1.0)
-    thick = (0.13 + 0.10 * volume) * torch.sqrt((1.02 - v).clamp(min=0)) * smoothstep(-0.15, 0.25, v) * (1 + 0.08 * waves(u, 0.3))
+    thick = (0.20 + 0.14 * volume) * power((1.0 - v).clamp(min=0), 0.35) * smoothstep(-0.15, 0.25, v) * (1 + 0.08 * waves(u, 0.3))
     swing = torch.sin(v * PI * 0.55)
     x = side * (0.12 + 0.95 * swing + 0.04 * torch.sin(v * 9)) + thick * torch.sin(u)
     y = 0.75 + 0.32 * torch.sin(v * 2.6) - (1.1 + 1.2 * length) * v * v

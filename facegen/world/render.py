@@ -20,7 +20,7 @@ from facegen.world.geometry import (
     mouth_patches,
     neck_patch,
 )
-from facegen.world.hair import hair_patches
+from facegen.world.hair import covers_ears, hair_patches
 from facegen.world.landmarks import face_box, landmarks5, landmarks68
 from facegen.world.parameters import GLASSES, Scenes
 from facegen.world.raster import CAMERA_DISTANCE, Fragments, assemble, rasterise
@@ -79,7 +79,7 @@ def _patches(k: Knobs, m: Measures, size: int) -> list[Patch]:
     columns, rows = _detail(size)
     coarse = (120, 80) if size <= 192 else (180, 120)
     patches = [head_patch(k, m, Material.SKIN, columns, rows), neck_patch(k, m, Material.NECK), torso_patch(k)]
-    patches += eye_patches(k, m, Material.EYE) + ear_patches(k, m, Material.EAR)
+    patches += eye_patches(k, m, Material.EYE) + ear_patches(k, m, Material.EAR, covers_ears(k))
     patches += mouth_patches(k, m, Material.CAVITY, Material.TEETH, Material.TONGUE)
     patches += hair_patches(k, m, *coarse) + collar_patches(k)
     if k.any("hat"):

@@ -22,7 +22,7 @@ from facegen.world.geometry import (
     moustache_field,
 )
 from facegen.world.hair import waves
-from facegen.world.parameters import CLOTHES, COLORS, HAIR_COLORS, HATS
+from facegen.world.parameters import CLOTHES, COLORS, HAIR_COLORS, HAIR_STYLES, HATS
 from facegen.world.raster import CAMERA_DISTANCE, Fragments, Mesh
 from facegen.world.wear import Material
 
@@ -245,10 +245,10 @@ def _eyes_and_brows(
         t = (x * side - 0.100 - 0.3 * (m.eye_x - 0.340)) / 0.400
         arch = (0.040 + 0.020 * k["brow_arch"]) * torch.sin(t.clamp(0, 1) * 2.4)
         centre = m.brow_y + arch - 0.045 * t + 0.026 * k["brow_tilt"] * (t - 0.4)
-        thick = (0.036 + 0.0085 * k["brow_thickness"] + 0.0045 * man).clamp(min=0.013) * (1 - 0.62 * smoothstep(0.35, 1.0, t))
+        thick = (0.036 + 0.0085 * k["brow_thickness"] + 0.0045 * man).clamp(min=0.013) * (1 - 0.62 * smoothstep(0.35, 1.0, t) - 0.25 * smoothstep(0.12, -0.02, t))
         off = (y - centre).abs()
         brow = smoothstep(thick + 0.012, thick - 0.016, off) * smoothstep(-0.03, 0.07, t) * smoothstep(1.03, 0.84, t) * front
-        hairs = 0.86 + 0.14 * torch.sin(x * (side * 150) - (y - centre) * 190 + 4 * torch.sin(t * 9))
+        hairs = 0.92 + 0.08 * torch.sin(x * (side * 150) - (y - centre) * 260 + 4 * torch.sin(t * 9))
         color = paint(color, (0.94 * brow * hairs).clamp(0, 1), brow_color)
         label = torch.where(brow > 0.45, float(CLASS["l_brow" if side < 0 else "r_brow"]), label)
         brows = brows + brow
@@ -373,7 +373,13 @@ def hair_surface(k: Knobs, rest: Tensor) -> Surface:
     s, y, above = rest.unbind(-1)
     streaks = 0.5 * waves(s, 1.0) + 0.3 * torch.sin(s * 190 + y * 5)
     shade = (1 + 0.30 * streaks) * (0.70 + 0.30 * smoothstep(-0.6, 0.9, y)) * (0.72 + 0.28 * smoothstep(0.0, 0.15, above))
+    fuzzy = k.is_any("hair_style", HAIR_STYLES.index("afro"), HAIR_STYLES.index("curly"))
+    kinks = 0.45 + 0.75 * noise(1.9 * s, 1.6 * y, 0) + 0.30 * noise(2.7 * s, 2.3 * y + 0.4, 0)
+    shade = mix(shade, kinks * (0.80 + 0.20 * smoothstep(-0.4, 0.8, y)), fuzzy + 0 * s)
     color = hair_color(k) * shade[:, None]
+    buzz = k.is_any("hair_style", HAIR_STYLES.index("buzz cut"))
+    scalp = 0.40 * buzz * (1 - 0.6 * k["hair_length"]) * smoothstep(0.2, 0.8, noise(2.3 * s, 2.0 * y, 0))
+    color = paint(color, scalp + 0 * s, skin_color(k).expand(len(s), 3))
     return _plain(color, "hair", 0.1, 20.0, 0.0, 1.0)
 
 
@@ -459,8 +465,10 @@ def key_light(k: Knobs) -> Light:
     return Light(direction, across, torch.stack([ux, uy, uz], -1))
 
 
-SHADOW_SIZE = 88
+SHADOW_SIZE = 96
 SHADOW_REACH = 2.4
+SHADOW_SHARPNESS = 22.0
+SHADOW_BIAS = 0.055
 
 
 def _shadow_place(light: Light, points: Tensor, picture: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -471,26 +479,39 @@ def _shadow_place(light: Light, points: Tensor, picture: Tensor | None) -> tuple
     return u, v, -dot(points, row(light.direction))
 
 
-def shadow(mesh: Mesh, light: Light, fragments: Fragments) -> Tensor:
-    """How much of the key light reaches each fragment (N,), from a small blurred shadow map of the vertices."""
-    batch = len(mesh.points)
+def _shadow_map(mesh: Mesh, light: Light) -> Tensor:
+    """Blurred exponentials (B * S * S,) of the distance of the vertices nearest to the light.
+
+    The exponential lets the map be blurred before it is read, which gives soft edges without stains.
+    """
+    batch, size = len(mesh.points), SHADOW_SIZE
     u, v, away = _shadow_place(light, mesh.points, None)
-    size = SHADOW_SIZE
     hit = (mesh.inside > 0) & mesh.casts & (u >= 0) & (u < size) & (v >= 0) & (v < size)
     cell = v.clamp(0, size - 1).long() * size + u.clamp(0, size - 1).long()
     cell = cell + torch.arange(batch, device=u.device)[:, None] * (size * size)
-    nearest = torch.full((batch * size * size,), 9.0, device=u.device)
+    nearest = torch.full((batch * size * size,), 3.0, device=u.device)
     nearest.scatter_reduce_(0, cell[hit], away[hit], "amin")
-    closed = F.max_pool2d(-F.max_pool2d(-nearest.view(batch, 1, size, size), 3, 1, 1), 3, 1, 1).view(-1)
+    filled = -F.max_pool2d(-nearest.view(batch, 1, size, size), 3, 1, 1)
+    closed = F.max_pool2d(filled, 3, 1, 1)
+    soft = torch.exp(SHADOW_SHARPNESS * closed.clamp(-3, 3))
+    for _ in range(2):
+        soft = F.avg_pool2d(soft, 3, 1, 1, count_include_pad=False)
+    return soft.view(-1)
+
+
+def shadow(mesh: Mesh, light: Light, fragments: Fragments) -> Tensor:
+    """How much of the key light reaches each fragment (N,), from a small blurred shadow map of the vertices."""
+    size = SHADOW_SIZE
+    table = _shadow_map(mesh, light)
     u, v, away = _shadow_place(light, fragments.points, fragments.picture)
-    facing = dot(fragments.normals, light.direction if batch == 1 else light.direction[fragments.picture]).clamp(0.15, 1)
-    bias = 0.045 + 0.045 * (1 / facing - 1).clamp(max=3)
-    blocked = torch.zeros_like(u)
-    taps = ((0.0, 0.0), (1.2, 0.4), (-0.4, 1.2), (-1.2, -0.4), (0.4, -1.2), (1.6, 1.6), (-1.6, 1.6), (-1.6, -1.6), (1.6, -1.6))
-    for du, dv in taps:
-        place = (v + dv).clamp(0, size - 1).long() * size + (u + du).clamp(0, size - 1).long()
-        blocked = blocked + ((away - closed[place + fragments.picture * (size * size)] - bias) / 0.06).clamp(0, 1)
-    return 1 - blocked / len(taps)
+    u, v = (u - 0.5).clamp(0, size - 1.001), (v - 0.5).clamp(0, size - 1.001)
+    column, line = u.floor(), v.floor()
+    s, t = u - column, v - line
+    place = line.long() * size + column.long() + fragments.picture * (size * size)
+    top = table[place] * (1 - s) + table[place + 1] * s
+    bottom = table[place + size] * (1 - s) + table[place + size + 1] * s
+    lit = (top * (1 - t) + bottom * t) * torch.exp(-SHADOW_SHARPNESS * (away - SHADOW_BIAS).clamp(-3, 3))
+    return lit.clamp(0, 1)
 
 
 def occlusion(depth: Tensor, size: int) -> Tensor:

@@ -47,7 +47,7 @@ def torso_patch(k: Knobs) -> Patch:
     out = smoothstep(0.0, 0.42, v)
     width = (0.50 + 0.92 * power(out, 0.9) * broad + 0.10 * v)
     deep = 0.50 + 0.20 * out + 0.10 * v
-    slope = 0.20 * smoothstep(0.0, 0.40, v)
+    slope = 0.16 * out + 0.20 * out * s * s
     round_off = smoothstep(0.30, 0.52, v)
     y = -1.33 - 0.10 * v - slope - fall * round_off - 0.10 * (c * 0.5 + 0.5) * (1 - v) * (1 - out)
     chest = 0.05 * ridge(y, -2.1, 0.35) * (c.clamp(min=0))
@@ -134,7 +134,7 @@ def _cap_brim(k: Knobs, m: Measures, cap: Tensor) -> Patch:
     reach = 0.60 * v * torch.cos(u * 1.35).clamp(min=0.02)
     x = (m.skull_w + 0.02) * torch.sin(angle) * (1 + 0.10 * v)
     z = 0.90 * power(torch.cos(angle), 0.8) + reach
-    y = 0.535 - 0.13 * u * u - 0.16 * v * v - 0.05 * v
+    y = 0.555 - 0.13 * u * u - 0.10 * v * v - 0.02 * v
     points = surface(x, y, z)
     return Patch(Material.HAT, points, surface(u, v, 9 + 0 * u).expand_as(points), _present(cap, x))
 
@@ -174,13 +174,14 @@ def collar_patches(k: Knobs) -> list[Patch]:
         patches.append(Patch(Material.COLLAR, points, surface(u, v, 0 * u).expand_as(points), worn, follows=2))
     if bool(((column == style("shirt")) | (column == style("suit"))).any()):
         u, v = square(60, 12, k.device, (-PI, PI), (0, 1))
-        front = smoothstep(0.9, 0.05, u.abs())
-        radius = 0.505 + 0.055 * v + 0.04 * v * front + 0.018 * k["neck_width"] + 0.016 * k["masculinity"]
-        top = -1.10 - 0.20 * front * front + 0.05 * smoothstep(1.6, 3.0, u.abs())
-        y = top - (0.17 + 0.16 * front) * v
-        points = surface(radius * torch.sin(u), y, radius * torch.cos(u) * (1 + 0.06 * front) - 0.16)
+        front = smoothstep(1.3, 0.0, u.abs())
+        fold = ridge(v, 0.0, 0.25)
+        neck = 0.016 * k["neck_width"] + 0.014 * k["masculinity"]
+        radius = 0.500 + 0.10 * v + 0.020 * front - 0.025 * fold + neck
+        y = -1.08 - 0.13 * front - (0.24 + 0.10 * front) * v
+        points = surface(radius * torch.sin(u), y, radius * (1 + 0.05 * front) * torch.cos(u) - 0.17)
         worn = _present(k.is_any("clothes", style("shirt"), style("suit")), points[..., 0])
-        inside = torch.minimum(worn, u.abs() - 0.03 - 0.30 * v * v + 0 * worn)
+        inside = torch.minimum(worn, u.abs() - 0.05 - 0.34 * v * v + 0 * worn)
         patches.append(Patch(Material.COLLAR, points, surface(u, v, 1 + 0 * u).expand_as(points), inside, follows=1))
     if bool((column == style("hoodie")).any()):
         u, v = square(56, 18, k.device, (-PI, PI), (-PI, PI))
