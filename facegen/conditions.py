@@ -214,7 +214,7 @@ class KeepCondition(Condition):
     latents: (B, 4, h, w), the photo as `Model.encode_image` gives it; noise: the same shape, the noise the run
     started with.
     mask: (B, 1, h, w) in latent space, or at any other size (then resized by nearest neighbour); 1 where the picture
-    is made anew. scale is not used (a step inside the span keeps, one outside does not).
+    is made anew. A scale other than 0 keeps, 0 does not.
     """
 
     latents: Tensor
@@ -243,11 +243,9 @@ class LoraCondition(Condition):
     """Low-rank weights that the UNet wears only for the length of a call.
 
     layers: by UNet module name ("down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q");
-    `facegen.models.lora.load_lora` reads
-        kohya, diffusers and peft files into this form.
+        `facegen.models.lora.load_lora` reads kohya, diffusers and peft files into this form.
     text_layers: the same for the text encoders, by "text_encoder.<module>" or "text_encoder_2.<module>"; hand the
-    condition to
-        `Model.encode_text(loras=…)`, for the prompt is encoded before the run.
+        condition to `Model.encode_text(loras=…)`, for the prompt is encoded before the run.
     """
 
     layers: Mapping[str, LowRankWeights]

@@ -1,0 +1,90 @@
+"""A ControlNet's residuals, with the embedding of its hint picture computed once for a whole run.
+
+diffusers' `ControlNetModel.forward` embeds the hint anew in every step; `residuals` is that forward from the hint's
+embedding on, on the model's own modules. Source: diffusers 0.42.1, models/controlnets/controlnet.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from facegen.errors import WrongAdapter
+
+
+def check(controlnet: nn.Module) -> None:
+    """Refuse what is not a plain ControlNetModel (union and multi nets, T2I adapters); raises WrongAdapter."""
+    wanted = ("controlnet_cond_embedding", "controlnet_down_blocks", "controlnet_mid_block", "time_embedding")
+    if (
+        not all(hasattr(controlnet, name) for name in wanted)
+        or getattr(controlnet, "class_embedding", None) is not None
+    ):
+        raise WrongAdapter(
+            f"{type(controlnet).__name__} is not a plain ControlNet; pass a diffusers ControlNetModel,"
+            " one ControlCondition for each."
+        )
+
+
+def hint(controlnet: Any, image: Tensor) -> Tensor:
+    """The hint picture (B, 3, H, W) in [0, 1] → its embedding (B, C, H/8, W/8)."""
+    if controlnet.config.controlnet_conditioning_channel_order == "bgr":
+        image = image.flip(1)
+    return controlnet.controlnet_cond_embedding(image)
+
+
+def residuals(
+    controlnet: Any,
+    sample: Tensor,
+    timestep: Tensor,
+    context: Tensor,
+    hint_embedding: Tensor,
+    added: Mapping[str, Tensor],
+) -> tuple[list[Tensor], Tensor]:
+    """(residuals of the down blocks, residual of the mid block), unscaled.
+
+    sample (R, 4, h, w), timestep () or (R,), context (R, L, D), hint_embedding (R, C, h, w), added: SDXL's
+    text_embeds and time_ids.
+    """
+    config = controlnet.config
+    steps = timestep.to(sample.device).reshape(-1).expand(sample.shape[0])
+    # The projection has no weights and is always float32; the embedding after it may run in half precision.
+    emb = controlnet.time_embedding(controlnet.time_proj(steps).to(sample.dtype))
+    if config.addition_embed_type == "text":
+        emb = emb + controlnet.add_embedding(context)
+    elif config.addition_embed_type == "text_time":
+        pooled = added["text_embeds"]
+        sizes = controlnet.add_time_proj(added["time_ids"].flatten()).reshape(pooled.shape[0], -1)
+        emb = emb + controlnet.add_embedding(torch.cat([pooled, sizes], dim=-1).to(emb.dtype))
+
+    x = controlnet.conv_in(sample) + hint_embedding
+    found: tuple[Tensor, ...] = (x,)
+    for block in controlnet.down_blocks:
+        if getattr(block, "has_cross_attention", False):
+            x, states = block(hidden_states=x, temb=emb, encoder_hidden_states=context)
+        else:
+            x, states = block(hidden_states=x, temb=emb)
+        found += states
+    if controlnet.mid_block is not None:
+        if getattr(controlnet.mid_block, "has_cross_attention", False):
+            x = controlnet.mid_block(x, emb, encoder_hidden_states=context)
+        else:
+            x = controlnet.mid_block(x, emb)
+    down = [layer(state) for state, layer in zip(found, controlnet.controlnet_down_blocks, strict=True)]
+    mid = controlnet.controlnet_mid_block(x)
+    if config.global_pool_conditions:
+        down = [state.mean(dim=(2, 3), keepdim=True) for state in down]
+        mid = mid.mean(dim=(2, 3), keepdim=True)
+    return down, mid
+
+
+def weigh(residual: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+    """residual · scale, inside the mask (1, H, W) only (bilinear, as InstantID's full pipeline resizes it)."""
+    residual = residual * scale
+    if mask is None:
+        return residual
+    small = F.interpolate(mask[None].to(residual), size=residual.shape[-2:], mode="bilinear")
+    return residual * small

@@ -1,0 +1,377 @@
+"""Conditions made ready for a run: what is constant over the steps is computed here, once.
+
+Rows. With guidance on a UNet call has R = 2·B rows, [u1 … uB, c1 … cB]; with it off R = B, the conditional ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from facegen.attention.backends import Backend, sdpa
+from facegen.attention.processor import (
+    AttentionContext,
+    AttentionLayer,
+    KeyValue,
+    LayerContext,
+    LowRankPairs,
+    StreamGroup,
+    split_heads,
+)
+from facegen.attention.weights import LayerLora, LowRank, add_low_rank
+from facegen.conditions import (
+    ChannelsCondition,
+    Condition,
+    ControlCondition,
+    GuidanceCondition,
+    KeepCondition,
+    LoraCondition,
+    Pair,
+    ReferenceCondition,
+    TextCondition,
+    TokenCondition,
+    scale_at,
+)
+from facegen.errors import WrongBaseModel, WrongRequest
+from facegen.models import control
+from facegen.models.lora import Worn, fits, wearing
+
+if TYPE_CHECKING:
+    from facegen.models.base import Model
+
+Kind = TypeVar("Kind", bound=Condition)
+Size = tuple[int, int]
+
+
+@dataclass(frozen=True, eq=False)
+class Now:
+    """What acts in one step: the prepared conditions and the strength of each (0: left out)."""
+
+    prepared: Prepared
+    index: int
+    total: int
+    strengths: tuple[float, ...]
+
+    def of(self, kind: type[Kind]) -> list[tuple[Kind, float]]:
+        """The acting conditions of one kind, with their strengths."""
+        pairs = zip(self.prepared.conditions, self.strengths, strict=True)
+        return [(condition, s) for condition, s in pairs if s != 0.0 and isinstance(condition, kind)]
+
+    @property
+    def text(self) -> TextCondition:
+        """The prompt of this step; raises WrongRequest when there is none."""
+        found = self.of(TextCondition)
+        if not found:
+            raise WrongRequest("There is no prompt for this step; add a TextCondition (Model.encode_text gives one).")
+        return found[-1][0]
+
+    def blend(self, latents: Tensor, scheduler: Any, timesteps: Tensor) -> Tensor:
+        """Put the photo back outside the KeepConditions' masks; latents (B, 4, h, w) after this step."""
+        for keep, _ in self.of(KeepCondition):
+            photo, mask, noise = self.prepared.kept(keep, latents)
+            if self.index < self.total - 1:
+                photo = scheduler.add_noise(photo, noise, timesteps[self.index + 1].reshape(1))
+            latents = (1 - mask) * photo + mask * latents
+        return latents
+
+
+class Prepared:
+    """The conditions of one call, ready to run; use it in a `with` so that LoRAs are taken off again.
+
+    conditions: as given, without those that can never act (strength 0 throughout, empty mask).
+    """
+
+    def __init__(
+        self, model: Model, conditions: Sequence[Condition], batch: int, *, guidance: bool, backend: Backend = sdpa
+    ) -> None:
+        self.model = model
+        self.batch = batch
+        self.guidance = guidance
+        self.backend = backend
+        self.conditions = tuple(condition for condition in conditions if not _never(condition))
+        self._stack = ExitStack()
+        self._worn: Worn | None = None
+        self._keys: dict[int, dict[int, KeyValue]] = {}
+        self._hints: dict[int, Tensor] = {}
+        self._masks: dict[tuple[int, Size], Tensor] = {}
+        self._layers: tuple[Any, dict[int, LayerContext]] | None = None
+        self._text: tuple[Any, dict[int, KeyValue]] | None = None
+        for condition in self.conditions:
+            if isinstance(condition, TokenCondition):
+                self._keys[id(condition)] = self._stream_keys(condition)
+            elif isinstance(condition, ControlCondition):
+                control.check(condition.controlnet)
+                self._hints[id(condition)] = self._hint(condition)
+            elif isinstance(condition, LoraCondition):
+                fits(model.unet, condition.layers, "The LoRA")
+
+    # --- life ---------------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Prepared:
+        loras = [condition.layers for condition in self.conditions if isinstance(condition, LoraCondition)]
+        if loras:
+            self._worn = self._stack.enter_context(wearing(self.model.unet, loras))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._worn = None
+        self._stack.close()
+
+    def active(self, index: int, total: int) -> Now:
+        """What acts in step `index` (from 0) of `total`."""
+        return self._now(index, total, tuple(condition.strength(index, total) for condition in self.conditions))
+
+    def throughout(self) -> Now:
+        """Every condition acts, whatever its span: for single UNet calls and training."""
+        return self._now(0, 1, tuple(scale_at(condition.scale, 0, 1) for condition in self.conditions))
+
+    def _now(self, index: int, total: int, strengths: tuple[float, ...]) -> Now:
+        now = Now(self, index, total, strengths)
+        loras = [s for c, s in zip(self.conditions, strengths, strict=True) if isinstance(c, LoraCondition)]
+        if loras:
+            assert self._worn is not None, "conditions with LoRAs need `with model.prepare(…) as prepared`"
+            self._worn.strengths[:] = loras
+        return now
+
+    # --- rows ---------------------------------------------------------------------------------------------------
+
+    def rows(self, pair: Pair) -> Tensor:
+        """(2, 1 or B, …) → (R, …) on the model's device, in its dtype; raises WrongRequest for another batch."""
+        return self._spread(self._halves(pair))
+
+    def _halves(self, pair: Pair) -> Tensor:
+        """The halves that this call needs, (2 or 1, 1 or B, …)."""
+        if pair.shape[1] not in (1, self.batch):
+            raise WrongRequest(
+                f"A condition is for {pair.shape[1]} pictures, but {self.batch} are made; give it 1 or {self.batch}."
+            )
+        half = pair if self.guidance else pair[1:]
+        return half.to(self.model.device, self.model.dtype) if half.is_floating_point() else half.to(self.model.device)
+
+    def _spread(self, halves: Tensor) -> Tensor:
+        """(h, 1 or B, …) → (h·B, …)."""
+        return halves.expand(halves.shape[0], self.batch, *halves.shape[2:]).flatten(0, 1)
+
+    # --- attention ----------------------------------------------------------------------------------------------
+
+    def attention(self, now: Now, size: Size) -> AttentionContext:
+        """What the UNet's attention layers get in this step; size: the latents' (h, w)."""
+        streams = now.of(TokenCondition)
+        references = now.of(ReferenceCondition)
+        text_keys = self._text_keys(now, streams)
+        key = (now.strengths, size, id(text_keys))
+        if self._layers is None or self._layers[0] != key or torch.is_grad_enabled():
+            layers = {
+                layer.index: self._layer(layer, streams, references, text_keys, size)
+                for layer in self.model.attention_layers
+            }
+            self._layers = key, {index: layer for index, layer in layers.items() if layer is not None}
+        return AttentionContext(self._layers[1], self.backend)
+
+    def _layer(
+        self,
+        layer: AttentionLayer,
+        streams: Sequence[tuple[TokenCondition, float]],
+        references: Sequence[tuple[ReferenceCondition, float]],
+        text_keys: Mapping[int, KeyValue],
+        size: Size,
+    ) -> LayerContext | None:
+        lora = _pairs([condition for condition, _ in streams], layer.index)
+        if layer.cross:
+            here = [(c, s) for c, s in streams if layer.index in c.layers]
+            text = text_keys.get(layer.index)
+            if not here and lora is None and text is None:
+                return None
+            return LayerContext(text, self._groups(here, layer, size), lora or LowRankPairs())
+        reference, bias = self._reference(references, layer, size)
+        if lora is None and reference is None:
+            return None
+        return LayerContext(None, (), lora or LowRankPairs(), reference, bias)
+
+    def _groups(
+        self, streams: Sequence[tuple[TokenCondition, float]], layer: AttentionLayer, size: Size
+    ) -> tuple[StreamGroup, ...]:
+        """Streams with the same number of tokens side by side in the list share one attention call."""
+        bundles: list[list[tuple[TokenCondition, float]]] = []
+        for condition, strength in streams:
+            last = bundles[-1][0][0] if bundles else None
+            alike = last is not None and last.mix == "add" == condition.mix
+            if alike and last is not None and last.tokens.shape[2] == condition.tokens.shape[2]:
+                bundles[-1].append((condition, strength))
+            else:
+                bundles.append([(condition, strength)])
+        groups = []
+        for bundle in bundles:
+            keys = [self._keys[id(condition)][layer.index] for condition, _ in bundle]
+            first = bundle[0][0]
+            gate = first.layers[layer.index].to_q if first.mix == "gated" else None
+            groups.append(
+                StreamGroup(
+                    keys[0][0] if len(keys) == 1 else torch.cat([key for key, _ in keys]),
+                    keys[0][1] if len(keys) == 1 else torch.cat([value for _, value in keys]),
+                    torch.tensor([s for _, s in bundle], device=self.model.device, dtype=torch.float32),
+                    tuple(None if c.mask is None else self.mask(c.mask, layer.level, size) for c, _ in bundle),
+                    None if gate is None else gate.weight.to(self.model.device),
+                )
+            )
+        return tuple(groups)
+
+    def mask(self, mask: Tensor, level: int, size: Size) -> Tensor:
+        """(1, H, W) → (1, L, 1) at a UNet level, once per resolution; bicubic, as diffusers does it."""
+        for _ in range(level):
+            size = ((size[0] + 1) // 2, (size[1] + 1) // 2)
+        key = (id(mask), size)
+        if key not in self._masks:
+            small = F.interpolate(mask[None].float(), size=size, mode="bicubic")
+            self._masks[key] = small.reshape(1, -1, 1).to(self.model.device, self.model.dtype)
+        return self._masks[key]
+
+    def _stream_keys(self, condition: TokenCondition) -> dict[int, KeyValue]:
+        """Keys and values of a token stream at each of its layers, (R, H, N, d)."""
+        halves = self._halves(condition.tokens)  # (2 or 1, 1 or B, N, D)
+        known = {layer.index: layer for layer in self.model.attention_layers if layer.cross}
+        found: dict[int, KeyValue] = {}
+        for index, kv in condition.layers.items():
+            layer = known.get(index)
+            if layer is None:
+                raise WrongBaseModel(
+                    f"The adapter has weights for attention layer {index}; the loaded base model has no such"
+                    " cross-attention layer. It was made for another base model (Stable Diffusion 1.5 or XL)."
+                )
+            weight = kv.to_k.weight
+            if weight.shape[1] != halves.shape[-1] or weight.shape[0] != layer.width:
+                raise WrongBaseModel(
+                    f"The adapter's weights at attention layer {index} map {weight.shape[1]} to {weight.shape[0]}"
+                    f" channels, the tokens have {halves.shape[-1]} and the loaded base model's layer {layer.width}."
+                )
+            tokens = halves.to(weight.device, weight.dtype)
+            found[index] = (
+                self._split(kv.to_k(tokens), layer),
+                self._split(kv.to_v(tokens), layer),
+            )
+        return found
+
+    def _split(self, x: Tensor, layer: AttentionLayer) -> Tensor:
+        """(h, 1 or B, N, C) → (R, H, N, d)."""
+        x = x.to(self.model.device)
+        return split_heads(self._spread(x), layer.module.heads)
+
+    def _text_keys(self, now: Now, streams: Sequence[tuple[TokenCondition, float]]) -> Mapping[int, KeyValue]:
+        """The prompt's keys and values at each cross-attention layer.
+
+        In training they are left to the UNet: they are used once, and inside its forward they can be compiled and
+        checkpointed.
+        """
+        if torch.is_grad_enabled():
+            return {}
+        text = now.text
+        loras = tuple(s for _, s in now.of(LoraCondition))
+        key = (id(text), tuple(id(c.lora) for c, _ in streams if c.lora is not None), loras)
+        if self._text is None or self._text[0] != key:
+            halves = self._halves(text.embeds)  # (2 or 1, 1 or B, L, D)
+            found: dict[int, KeyValue] = {}
+            for layer in self.model.attention_layers:
+                if layer.cross:
+                    low = _pairs([condition for condition, _ in streams], layer.index) or LowRankPairs()
+                    k = add_low_rank(halves, layer.module.to_k(halves), low.k)
+                    v = add_low_rank(halves, layer.module.to_v(halves), low.v)
+                    found[layer.index] = self._split(k, layer), self._split(v, layer)
+            self._text = key, found
+        return self._text[1]
+
+    def _reference(
+        self, references: Sequence[tuple[ReferenceCondition, float]], layer: AttentionLayer, size: Size
+    ) -> tuple[KeyValue | None, Tensor | None]:
+        """Keys, values (R, H, N, d) and bias (L or 1, N) of all references at a self-attention layer."""
+        keys, values, biases = [], [], []
+        for condition, strength in references:
+            if layer.index not in condition.states:
+                continue
+            states = self._halves(condition.states[layer.index])
+            keys.append(self._split(layer.module.to_k(states), layer))
+            values.append(self._split(layer.module.to_v(states), layer))
+            weight = torch.tensor(strength, device=self.model.device)
+            if condition.mask is not None:
+                weight = weight * self.mask(condition.mask, layer.level, size)[0].float().clamp(0, 1)  # (L, 1)
+            biases.append(torch.log(weight).reshape(-1, 1).expand(-1, keys[-1].shape[2]))
+        if not keys:
+            return None, None
+        length = max(bias.shape[0] for bias in biases)
+        bias = torch.cat([bias.expand(length, -1) for bias in biases], dim=-1)
+        plain = all(strength == 1.0 and condition.mask is None for condition, strength in references)
+        return (torch.cat(keys, dim=2), torch.cat(values, dim=2)), None if plain else bias
+
+    # --- the rest -----------------------------------------------------------------------------------------------
+
+    def _hint(self, condition: ControlCondition) -> Tensor:
+        """A control picture's embedding, (R, C, h, w)."""
+        net = condition.controlnet
+        image = condition.image.to(next(net.parameters()))
+        if image.shape[0] not in (1, self.batch):
+            raise WrongRequest(
+                f"A control picture is for {image.shape[0]} pictures, but {self.batch} are made;"
+                f" give it 1 or {self.batch}."
+            )
+        with self.model.memory.using(net):
+            embedding = control.hint(net, image)
+        halves = embedding.expand(2 if self.guidance else 1, *embedding.shape)
+        return self._spread(halves)
+
+    def hint(self, condition: ControlCondition) -> Tensor:
+        """The embedding of a control picture, computed when the conditions were prepared."""
+        return self._hints[id(condition)]
+
+    def kept(self, keep: KeepCondition, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(photo latents, mask at the latents' size, noise) in the latents' dtype and place."""
+        mask = keep.mask.to(latents)
+        if mask.shape[-2:] != latents.shape[-2:]:
+            mask = F.interpolate(mask, size=latents.shape[-2:])
+        return keep.latents.to(latents), mask, keep.noise.to(latents)
+
+    def guides(self, now: Now) -> list[tuple[GuidanceCondition, float]]:
+        """The losses that steer this step."""
+        return now.of(GuidanceCondition)
+
+    def channels(self, now: Now, sample: Tensor) -> Tensor:
+        """The UNet's input: sample (R, 4, h, w) with the ChannelsConditions' latents behind it."""
+        parts = [sample]
+        for condition, strength in zip(self.conditions, now.strengths, strict=True):
+            if isinstance(condition, ChannelsCondition):
+                extra = self.rows(condition.channels).to(sample.dtype)
+                parts.append(extra if strength == 1.0 else extra * strength)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def _never(condition: Condition) -> bool:
+    """Whether the condition can be left out altogether: strength 0 throughout, or an empty mask."""
+    if isinstance(condition, (ChannelsCondition, TextCondition, KeepCondition)):
+        return False
+    if isinstance(condition.scale, (int, float)) and condition.scale == 0:
+        return True
+    mask = getattr(condition, "mask", None)
+    return mask is not None and not bool(mask.any())
+
+
+def _pairs(streams: Sequence[TokenCondition], index: int) -> LowRankPairs | None:
+    """The streams' own LoRAs at a layer; a LoRA that several streams carry is worn once."""
+    layers: dict[int, LayerLora] = {}
+    for condition in streams:
+        if condition.lora is not None and index in condition.lora:
+            layers[id(condition.lora)] = condition.lora[index]
+    if not layers:
+        return None
+
+    def of(part: str) -> tuple[KeyValue, ...]:
+        found: list[LowRank | None] = [getattr(layer, part) for layer in layers.values()]
+        return tuple(low.pair() for low in found if low is not None)
+
+    return LowRankPairs(of("q"), of("k"), of("v"), of("out"))
