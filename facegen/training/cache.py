@@ -99,7 +99,7 @@ def _draw(plan: CachePlan, people: Sequence[int], pictures: Sequence[int], batch
     for start in range(0, len(scenes), batch):
         drawn = render(scenes[start : start + batch], plan.size)
         fields = {
-            "rgb": (drawn.image.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy(),  # (B, H, W, 3)
+            "rgb": (drawn.rgb.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy(),  # (B, H, W, 3)
             "parsing": drawn.parsing.byte().numpy(),  # (B, H, W)
             "landmarks5": drawn.landmarks5.half().numpy(),  # (B, 5, 2)
             "landmarks68": drawn.landmarks68.half().numpy(),  # (B, 68, 2)

@@ -367,14 +367,23 @@ def run(
     return measured
 
 
-def wear_average(module: nn.Module, folder: Path) -> None:
-    """Give ``module`` the averaged weights of a checkpoint (its plain weights when there is no average)."""
+def wear_average(module: nn.Module, folder: Path, only: str = "") -> None:
+    """Give ``module`` the averaged weights of a checkpoint (its plain ones where there is no average).
+
+    With ``only``, a prefix of names, the rest keeps its values.
+    """
     tensors = load_tensors(folder / STATE).tensors
-    average = under_prefix("average.", tensors)
-    plain = under_prefix("module.", tensors)
-    module.load_state_dict({**plain, **average})
+    found = under_prefix("module.", tensors) | under_prefix("average.", tensors)
+    chosen = {name: value for name, value in found.items() if name.startswith(only)}
+    module.load_state_dict(chosen if only else found, strict=not only)
 
 
 def steps_for(objective: Objective, folder: Path, seconds: float, settings: LoopSettings) -> int:
     """How many steps fit into ``seconds`` on this machine."""
     return max(1, int(seconds / _Run(objective, folder, settings).seconds_per_step()))
+
+
+def planned_steps(folder: Path) -> int | None:
+    """The length of the schedule that a folder's checkpoint was begun with; None where there is no checkpoint."""
+    path = folder / STATE
+    return int(load_tensors(path).facts["steps"]) if path.exists() else None

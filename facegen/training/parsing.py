@@ -15,9 +15,6 @@ from facegen.training.augment import USUAL, Wear, uniform, wear
 from facegen.training.cache import Cache, shuffled
 from facegen.training.loop import Objective
 
-# left and right brow, eye, ear change places in a mirrored picture; named as in facegen.world.render.PARSING
-_SIDES = (("left", "right"), ("_l", "_r"), ("l_", "r_"))
-
 
 @dataclass(frozen=True)
 class ParsingSettings:
@@ -31,11 +28,9 @@ def mirrored_classes(names: tuple[str, ...]) -> Tensor:
     """For each class the one it becomes in a mirrored picture, (classes,) int64."""
     swap = list(range(len(names)))
     for i, name in enumerate(names):
-        for left, right in _SIDES:
-            if name.startswith(left) or name.endswith(left):
-                other = name.replace(left, right)
-                if other in names:
-                    swap[i], swap[names.index(other)] = names.index(other), i
+        other = f"r_{name[2:]}"
+        if name.startswith("l_") and other in names:
+            swap[i], swap[names.index(other)] = names.index(other), i
     return torch.tensor(swap)
 
 

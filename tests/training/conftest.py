@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from facegen.training.cache import CachePlan
@@ -12,7 +14,7 @@ from facegen.world.parameters import GROUPS, HAIR_COLORS
 from facegen.world.sampling import scenes_for
 
 
-def draw_cache(folder: Path, people: int = 8, pictures: int = 4, first: int = 0, size: int = 128) -> Path:
+def _draw_cache(folder: Path, people: int = 8, pictures: int = 4, first: int = 0, size: int = 128) -> Path:
     """A cache of one shard in the renderer's place."""
     plan = CachePlan(first, people, pictures, shard_people=people)
     scenes = scenes_for(0, *plan.names(0))
@@ -32,12 +34,17 @@ def draw_cache(folder: Path, people: int = 8, pictures: int = 4, first: int = 0,
     parsing = torch.zeros(b, size, size, dtype=torch.uint8)
     tone = 1 - 0.7 * column("skin_tone")
     hair = torch.tensor(list(HAIR_COLORS.values()))[scenes.column("hair_color").long()].view(b, 3, 1, 1)
+    red = torch.tensor([0.8, 0.2, 0.2]).view(1, 3, 1, 1)
     for where, color, index in (
         (oval(cx, cy - 12, width + 6, height), hair, 17),
         (oval(cx, cy, width, height), torch.stack([tone, 0.8 * tone, 0.7 * tone], 1), 1),
         (oval(cx - apart, cy - 8, 3 + 0 * cx, 2 + 0 * cx), torch.tensor([0.1, 0.3, 0.9]).view(1, 3, 1, 1), 4),
         (oval(cx + apart, cy - 8, 3 + 0 * cx, 2 + 0 * cx), torch.tensor([0.1, 0.3, 0.9]).view(1, 3, 1, 1), 5),
-        (oval(cx, cy + 22, 9 + 2 * column("mouth_width"), 3 + 0 * cx), torch.tensor([0.8, 0.2, 0.2]).view(1, 3, 1, 1), 12),
+        (
+            oval(cx, cy + 22, 9 + 2 * column("mouth_width"), 3 + 0 * cx),
+            red,
+            12,
+        ),
     ):
         rgb = torch.where(where[:, None], color, rgb)
         parsing = torch.where(where, torch.tensor(index, dtype=torch.uint8), parsing)
@@ -58,3 +65,9 @@ def draw_cache(folder: Path, people: int = 8, pictures: int = 4, first: int = 0,
     for name, array in arrays.items():
         np.save(shard / f"{name}.npy", array)
     return folder
+
+
+@pytest.fixture(scope="session")
+def draw_cache() -> Callable[..., Path]:
+    """``draw_cache(folder, people=8, pictures=4)`` makes a picture cache of the toy world."""
+    return _draw_cache

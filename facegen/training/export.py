@@ -1,0 +1,76 @@
+"""From trained nets to the files that the embedded model ships: an insightface pack, and the judges."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from facegen.face.networks import DetectorNet, KeypointNet, RecogniserNet
+from facegen.training.checkpoint import save_tensors
+
+OPSET = 17
+JUDGES = ("judge", "attributes", "parsing")
+
+
+class _Pack(nn.Module):
+    """The detector in insightface's order: nine outputs of one picture, scores as probabilities."""
+
+    def __init__(self, net: DetectorNet) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, pictures: Tensor) -> tuple[Tensor, ...]:
+        scores, boxes, points = self.net(pictures)
+        return tuple([score[0].sigmoid() for score in scores] + [b[0] for b in boxes] + [p[0] for p in points])
+
+
+def export(name: str, net: nn.Module, assets: Path) -> list[Path]:
+    """Write one net's files below ``assets``: ``pack/`` for perception, ``judges/`` for the judges."""
+    net = net.eval()
+    if name in JUDGES:
+        return [_weights(net, assets / "judges" / name, half=True)]
+    if isinstance(net, RecogniserNet):
+        size = net.config["size"]
+        _onnx(net, torch.zeros(1, 3, size, size), assets / "pack" / "rec.onnx", {0: "batch"}, ["embedding"])
+        return [assets / "pack" / "rec.onnx", _weights(net, assets / "pack" / "rec")]
+    if isinstance(net, DetectorNet):
+        names = [f"{kind}_{stride}" for kind in ("score", "box", "points") for stride in (8, 16, 32)]
+        _onnx(_Pack(net).eval(), torch.zeros(1, 3, 320, 320), assets / "pack" / "det.onnx", {2: "height", 3: "width"}, names)
+        return [assets / "pack" / "det.onnx", _weights(net, assets / "pack" / "det")]
+    assert isinstance(net, KeypointNet), name
+    size = net.config["size"]
+    _onnx(net, torch.zeros(1, 1, size, size), assets / "pack" / "points.onnx", {0: "batch"}, ["points"])
+    return [assets / "pack" / "points.onnx"]
+
+
+def _weights(net: nn.Module, stem: Path, half: bool = False) -> Path:
+    """``stem.safetensors`` and ``stem.json``, its config; statistics of batch norms stay float32."""
+    state = {name: value for name, value in net.state_dict().items() if not name.endswith("num_batches_tracked")}
+    if half:
+        state = {n: v if n.endswith(("running_mean", "running_var")) else v.half() for n, v in state.items()}
+    save_tensors(state, stem.with_suffix(".safetensors"))
+    config: dict[str, Any] = net.config  # type: ignore[assignment]
+    stem.with_suffix(".json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+    return stem.with_suffix(".safetensors")
+
+
+def _onnx(net: nn.Module, example: Tensor, path: Path, free: dict[int, str], outputs: list[str]) -> None:
+    """Export by tracing; ``free`` names the input's axes that may have any length."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    axes = {"input": free}
+    if 0 in free:
+        axes |= {name: {0: free[0]} for name in outputs}
+    else:
+        axes |= {name: {0: f"cells_{name}"} for name in outputs}
+    temporary = path.with_name(f".{path.name}.new")
+    net = net.to(memory_format=torch.contiguous_format).float()  # type: ignore[call-overload]
+    torch.onnx.export(
+        net, (example,), str(temporary), dynamo=False, opset_version=OPSET,
+        input_names=["input"], output_names=outputs, dynamic_axes=axes,
+    )  # fmt: skip
+    os.replace(temporary, path)
