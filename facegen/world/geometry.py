@@ -69,11 +69,11 @@ class Measures:
 def measure(k: Knobs) -> Measures:
     """Feature positions and sizes; the same formulas serve grids and pixels."""
     man, old = k["masculinity"], k["age"]
-    skull_w = 0.80 * (1 + 0.040 * k["face_width"] + 0.008 * man)
-    skull_h = 1.08 * (1 + 0.030 * k["face_length"])
-    eye_x = 0.340 + 0.020 * k["eye_spacing"] + 0.006 * k["face_width"]
-    eye_y = 0.045 + 0.026 * k["eye_height"]
-    grow = 1 + 0.065 * k["eye_size"] - 0.025 * man
+    skull_w = 0.80 * (1 + 0.055 * k["face_width"] + 0.012 * man)
+    skull_h = 1.08 * (1 + 0.042 * k["face_length"])
+    eye_x = 0.340 + 0.028 * k["eye_spacing"] + 0.006 * k["face_width"]
+    eye_y = 0.045 + 0.036 * k["eye_height"]
+    grow = 1 + 0.085 * k["eye_size"] - 0.035 * man
     eye_r = 0.205 * (1 + 0.6 * (grow - 1))
     surface = 0.90 * power((1 - (eye_x / skull_w) ** 2 - (eye_y / 1.12) ** 2).clamp(min=0.2), 0.40)
     squint = (0.55 * k["cheek_raise"] + 0.30 * k["smile"] + 0.45 * k["nose_wrinkle"]).clamp(max=1)
@@ -81,24 +81,24 @@ def measure(k: Knobs) -> Measures:
     lid_up = 0.108 * grow * (1 - droop + 0.36 * k["eyes_wide"] + 0.10 * k["brow_raise"] - 0.28 * squint).clamp(min=0.25)
     lid_low = 0.070 * grow * (1 - 0.80 * squint + 0.10 * k["eyes_wide"])
     press = 1 - 0.62 * k["lip_press"]
-    thin = (1 - 0.035 * man - 0.28 * old) * press * (1 + 0.25 * k["pucker"])
+    thin = (1 - 0.060 * man - 0.28 * old) * press * (1 + 0.25 * k["pucker"])
     return Measures(
         eye_x=eye_x,
         eye_y=eye_y,
-        eye_z=surface - 0.050 - eye_r - 0.016 * k["eye_depth"],
+        eye_z=surface - 0.050 - eye_r - 0.024 * k["eye_depth"],
         eye_r=eye_r,
         lid_width=0.182 * grow,
         lid_up=lid_up,
         lid_low=lid_low,
-        lid_tilt=0.012 + 0.020 * k["eye_tilt"] - 0.012 * old,
-        brow_y=eye_y + 0.242 + 0.020 * k["brow_height"] - 0.012 * man - 0.015 * old,
-        nose_y=-0.255 - 0.030 * k["nose_length"],
-        nose_w=0.112 + 0.018 * k["nose_width"] + 0.004 * man + 0.008 * old,
-        mouth_y=-0.565 + 0.022 * k["mouth_height"] - 0.012 * k["nose_length"].clamp(min=0),
-        mouth_w=0.232 * (1 + 0.085 * k["mouth_width"]),
-        lip_up=0.062 * (1 + 0.20 * k["upper_lip"]).clamp(min=0.4) * thin,
-        lip_low=0.080 * (1 + 0.20 * k["lower_lip"]).clamp(min=0.4) * thin,
-        hairline=0.640 + 0.045 * k["forehead_height"] + 0.03 * old,
+        lid_tilt=0.012 + 0.030 * k["eye_tilt"] - 0.012 * old,
+        brow_y=eye_y + 0.242 + 0.029 * k["brow_height"] - 0.016 * man - 0.015 * old,
+        nose_y=-0.255 - 0.042 * k["nose_length"],
+        nose_w=0.112 + 0.025 * k["nose_width"] + 0.006 * man + 0.008 * old,
+        mouth_y=-0.565 + 0.032 * k["mouth_height"] - 0.012 * k["nose_length"].clamp(min=0),
+        mouth_w=0.246 * (1 + 0.105 * k["mouth_width"]),
+        lip_up=0.062 * (1 + 0.27 * k["upper_lip"]).clamp(min=0.4) * thin,
+        lip_low=0.080 * (1 + 0.27 * k["lower_lip"]).clamp(min=0.4) * thin,
+        hairline=0.640 + 0.052 * k["forehead_height"] + 0.03 * old,
         skull_w=skull_w,
         skull_h=skull_h,
     )
@@ -138,16 +138,16 @@ def skull(k: Knobs, m: Measures, longitude: Tensor, latitude: Tensor) -> tuple[T
     y = m.skull_h * torch.sin(latitude)
     depth = torch.cos(longitude) * level
     z = torch.where(depth > 0, 0.90 * power(depth, 0.80), 1.0 * depth) + 0 * x
-    chin = 0.046 * k["chin_length"] + 0.012 * man
+    chin = 0.062 * k["chin_length"] + 0.018 * man
     y = torch.where(y < 0, y * (1 + chin * smoothstep(-0.4, -1.0, y)), y)
-    jaw = 0.055 * k["jaw_width"] + 0.028 * man + 0.035 * old + 0.020 * k["cheek_fullness"]
+    jaw = 0.075 * k["jaw_width"] + 0.042 * man + 0.035 * old + 0.028 * k["cheek_fullness"]
     x = x * (
         1
         + jaw * ridge(y, -0.66, 0.34)
         - 0.11 * smoothstep(-0.05, -0.70, y)
-        + (0.17 + 0.055 * k["chin_width"] + 0.022 * man) * smoothstep(-0.72, -1.10, y)
-        + 0.030 * k["temple_width"] * ridge(y, 0.42, 0.34)
-        + 0.022 * k["cheekbone_width"] * ridge(y, -0.12, 0.22)
+        + (0.17 + 0.080 * k["chin_width"] + 0.034 * man) * smoothstep(-0.72, -1.10, y)
+        + 0.045 * k["temple_width"] * ridge(y, 0.42, 0.34)
+        + 0.033 * k["cheekbone_width"] * ridge(y, -0.12, 0.22)
         + 0.035 * smoothstep(0.15, 0.80, y)
     )
     z = z + 0.36 * smoothstep(-0.25, -1.05, y) * (0.35 + 0.65 * smoothstep(-0.6, 0.5, z))
@@ -177,15 +177,15 @@ def face_relief(k: Knobs, m: Measures, x: Tensor, y: Tensor) -> Tensor:
     ax = x.abs()
     full, bone = k["cheek_fullness"], k["cheekbone_width"]
     d = -0.10 * bump(ax, y, (m.eye_x * 0.95, m.eye_y + 0.02), (0.23, 0.15)) * (1 + 0.10 * k["eye_depth"])
-    d = d + (0.050 + 0.013 * man) * bump(ax, y, (m.eye_x * 0.92, m.brow_y + 0.02), (0.27, 0.085))
-    d = d + (0.060 + 0.022 * bone) * bump(ax, y, (0.47, -0.15), (0.20, 0.14))
-    d = d + (0.035 + 0.034 * full - 0.060 * old) * bump(ax, y, (0.46, -0.47), (0.22, 0.22))
+    d = d + (0.052 + 0.020 * man) * bump(ax, y, (m.eye_x * 0.92, m.brow_y + 0.02), (0.27, 0.085))
+    d = d + (0.062 + 0.034 * bone) * bump(ax, y, (0.47, -0.15), (0.20, 0.14))
+    d = d + (0.035 + 0.048 * full - 0.060 * old) * bump(ax, y, (0.46, -0.47), (0.22, 0.22))
     d = d + 0.035 * old * bump(ax, y, (0.40, -0.80), (0.16, 0.13))
     d = d - 0.045 * bump(ax, y, (0.70, 0.22), (0.15, 0.28))
     d = d + nose_relief(k, m, x, y)
     d = d + mouth_relief(k, m, x, y)
-    forward = 0.095 + 0.028 * k["chin_projection"] + 0.012 * man
-    d = d + forward * bump(x, y, (0.0, -0.93 - 0.035 * k["chin_length"]), (0.17 + 0.022 * k["chin_width"], 0.13))
+    forward = 0.095 + 0.042 * k["chin_projection"] + 0.016 * man
+    d = d + forward * bump(x, y, (0.0, -0.93 - 0.035 * k["chin_length"]), (0.17 + 0.030 * k["chin_width"], 0.13))
     fold = ridge(ax, 0.225 + 0.32 * (-0.26 - y), 0.040) * smoothstep(-0.66, -0.48, y) * smoothstep(-0.20, -0.32, y)
     return d - (0.020 * old + 0.018 * k["smile"]) * fold
 
@@ -195,18 +195,18 @@ def nose_relief(k: Knobs, m: Measures, x: Tensor, y: Tensor) -> Tensor:
     ax = x.abs()
     top = m.eye_y + 0.13
     t = ((top - y) / (top - m.nose_y)).clamp(-0.5, 1.6)
-    height = 0.035 + 0.022 * k["nose_bridge"] + 0.006 * man
-    tip = 0.185 + 0.020 * k["nose_tip"] + 0.012 * k["nose_length"] + 0.008 * man
+    height = 0.035 + 0.028 * k["nose_bridge"] + 0.008 * man
+    tip = 0.185 + 0.028 * k["nose_tip"] + 0.016 * k["nose_length"] + 0.012 * man
     profile = mix(height, tip, smoothstep(-0.15, 1.0, t) * 0.55 + 0.45 * t.clamp(0, 1))
-    profile = profile + (0.018 * k["nose_bridge"] + 0.030 * k["nose_hump"]) * ridge(t, 0.45, 0.27)
-    lift = 0.055 * k["nose_tip_up"]
+    profile = profile + (0.018 * k["nose_bridge"] + 0.044 * k["nose_hump"]) * ridge(t, 0.45, 0.27)
+    lift = 0.075 * k["nose_tip_up"]
     profile = profile * (1 - smoothstep(1.0 - lift, 1.34 - lift, t)) * smoothstep(-0.55, 0.10, t)
-    breadth = 0.070 + 0.009 * k["nose_bridge"] + (0.34 * (m.nose_w - 0.112) + 0.042) * smoothstep(0.3, 1.0, t)
+    breadth = 0.070 + 0.012 * k["nose_bridge"] + (0.34 * (m.nose_w - 0.112) + 0.042) * smoothstep(0.3, 1.0, t)
     across = (ax / (breadth * 1.15)).clamp(max=4)
     nose = profile * torch.exp(-across * across)
-    ball = 0.050 + 0.016 * k["nose_tip"]
-    ball_y = m.nose_y + 0.008 + 0.016 * k["nose_tip_up"]
-    nose = nose + ball * bump(x, y, (0.0, ball_y), (0.080 + 0.010 * k["nose_tip"], 0.080))
+    ball = 0.050 + 0.022 * k["nose_tip"]
+    ball_y = m.nose_y + 0.008 + 0.024 * k["nose_tip_up"]
+    nose = nose + ball * bump(x, y, (0.0, ball_y), (0.080 + 0.014 * k["nose_tip"], 0.080))
     return nose + (0.088 + 0.20 * (m.nose_w - 0.112)) * bump(ax, y, (m.nose_w, m.nose_y - 0.010), (0.060, 0.066))
 
 
@@ -232,7 +232,7 @@ def wrap_lids(k: Knobs, m: Measures, x: Tensor, y: Tensor, z: Tensor, front: Ten
         ball = m.eye_z + torch.sqrt((radius * radius - square_distance).clamp(min=0))
         near = (square_distance < radius * radius * 0.98) & (front > 0.5)
         below_upper, _, u, _ = lids(k, m, x, y, side)
-        hood = 0.018 + 0.007 * k["eye_hood"] + 0.010 * k["age"]
+        hood = 0.018 + 0.011 * k["eye_hood"] + 0.010 * k["age"]
         fold = -0.022 * ridge(below_upper, -0.045, 0.018) + hood * ridge(below_upper, -0.085, 0.030)
         z = torch.where(near, smooth_max(z, ball, 0.035), z) + fold * smoothstep(1.25, 0.8, u.abs()) * front
     return z
@@ -362,7 +362,7 @@ def head_patch(k: Knobs, m: Measures, material: int, columns: int, rows: int) ->
         below_upper, above_lower, _, _ = lids(k, m, x, y, side)
         open_eye = torch.maximum(open_eye, torch.minimum(below_upper, above_lower))
     inside = torch.where(z > 0.2, -open_eye, torch.ones_like(x))
-    in_mouth = ((x[:, row] / m.mouth_w[:, 0]).abs() < 1.0) & (z[:, row] > 0.2)
+    in_mouth = ((x[:, row] / m.mouth_w[:, 0]).abs() < 1.0) & (z[:, row] > 0.2) & (parted(k)[:, 0] > 0)
     keep = torch.ones(k.count, rows - 1, columns - 1, dtype=torch.bool, device=k.device)
     keep[:, row] = ~(in_mouth[:, 1:] | in_mouth[:, :-1])
     return Patch(material, points, torch.stack([x, y, z], -1), inside, keep, row, facing=1)
@@ -390,31 +390,38 @@ def eye_patches(k: Knobs, m: Measures, material: int) -> list[Patch]:
     x, y, z = direction.unbind(-1)
     patches = []
     for side in SIDES:
+        # Towards the nose the ball widens to a cup, which closes the gap to the lids for oblique views.
+        cup = 1 + 0.28 * smoothstep(0.95, 1.35, torch.acos(z.clamp(-1, 1))) * smoothstep(0.5, 0.8, -side * x)
         turn, tip = 0.42 * k["gaze_x"] - 0.03 * side, 0.30 * k["gaze_y"]
         gx, gz = torch.cos(turn) * x - torch.sin(turn) * z, torch.sin(turn) * x + torch.cos(turn) * z
         gy, gz = torch.cos(tip) * y - torch.sin(tip) * gz, torch.sin(tip) * y + torch.cos(tip) * gz
         centre = torch.stack([side * m.eye_x, m.eye_y, m.eye_z], -1)
-        patches.append(Patch(material, direction * m.eye_r[..., None] + centre, torch.stack([gx, gy, gz], -1), facing=1, side=side))
+        patches.append(Patch(material, direction * (m.eye_r * cup)[..., None] + centre, torch.stack([gx, gy, gz], -1), facing=1, side=side))
     return patches
+
+
+def parted(k: Knobs) -> Tensor:
+    """Positive (B, 1, 1) where the lips are apart."""
+    return torch.maximum(torch.maximum(k["jaw_open"], k["upper_lip_raise"]), 0.35 * k["nose_wrinkle"]) - 0.01
 
 
 def mouth_patches(k: Knobs, m: Measures, cavity: int, teeth: int, tongue: int) -> list[Patch]:
     """What an open mouth shows: a dark hollow, two rows of teeth and the tongue."""
-    if not any(k.any(name, 0.01) for name in ("jaw_open", "upper_lip_raise", "nose_wrinkle")):
+    if not bool((parted(k) > 0).any()):
         return []
     jaw = k["jaw_open"]
     line = m.mouth_y
     u, v = square(20, 16, k.device, (-1, 1), (-1, 1))
     width = m.mouth_w * (1.15 + 0.3 * k["lip_stretch"] + 0.3 * k["smile"] - 0.3 * k["pucker"])
-    deep = 0.80 - 0.10 * u * u - 0.34 * (1 - u * u) * (1 - v * v)
+    deep = 0.80 - 0.10 * u * u - 0.34 * (1 - u * u) * (1 - v * v) - 0.30 * jaw * (-v).clamp(min=0)
     hollow = surface(u * width, line - 0.12 * jaw + v * (0.09 + 0.17 * jaw), deep)
     patches = [Patch(cavity, hollow, surface(u, v, 0 * u).expand_as(hollow))]
     u, v = square(28, 8, k.device, (-1, 1), (0, 1))
     bow = 0.80 - 0.24 * u * u + 0.02 * torch.sin(v * 3)
     bite = 0.045 - 0.088 * v + 0.02 * u * u
-    upper = surface(u * width * 0.72, line + bite, bow)
+    upper = surface(u * width * 0.68, line + bite, bow)
     patches.append(Patch(teeth, upper, surface(u, v, 0 * u).expand_as(upper)))
-    lower = surface(u * width * 0.64, line - 0.035 - 0.075 * v - 0.222 * jaw, bow - 0.05 - 0.035 * jaw)
+    lower = surface(u * width * 0.60, line - 0.035 - 0.075 * v - 0.222 * jaw, bow - 0.05 - 0.035 * jaw)
     patches.append(Patch(teeth, lower, surface(u, v + 2, 0 * u).expand_as(lower)))
     u, v = square(18, 12, k.device, (-1, 1), (-1, 1))
     top = line - 0.10 - 0.172 * jaw + 0.075 * (1 - u * u) * (1 - 0.5 * v * v) + 0.02 * v
@@ -429,8 +436,8 @@ def ear_patches(k: Knobs, m: Measures, material: int, covered: Tensor) -> list[P
     # A square mapped to a disc, so that the rim needs no cut.
     du, dv = u * torch.sqrt(1 - v * v / 2), v * torch.sqrt(1 - u * u / 2)
     radius = torch.sqrt(du * du + dv * dv)
-    size = 1 + 0.085 * k["ear_size"] + 0.10 * k["age"] + 0.02 * k["masculinity"]
-    out = 0.035 * k["ear_stickout"] * (1 - covered)
+    size = 1 + 0.120 * k["ear_size"] + 0.10 * k["age"] + 0.02 * k["masculinity"]
+    out = 0.050 * k["ear_stickout"] * (1 - covered)
     helix = 0.075 * ridge(radius, 0.82, 0.15) - 0.02 - 0.05 * smoothstep(0.90, 1.0, radius)
     concha = 0.05 * ridge(radius, 0.38, 0.14) * smoothstep(-0.2, 0.6, -0.85 * du + 0.5 * dv)
     up = dv * 0.235 * size * (1 - 0.12 * smoothstep(0, -1, dv)) + 0.01
@@ -447,7 +454,7 @@ def ear_patches(k: Knobs, m: Measures, material: int, covered: Tensor) -> list[P
 def neck_patch(k: Knobs, m: Measures, material: int) -> Patch:
     u, v = square(48, 22, k.device, (-math.pi, math.pi), (0, 1))
     man = k["masculinity"]
-    radius = 0.415 + 0.022 * k["neck_width"] + 0.020 * man + 0.20 * v * v * v * v + 0.02 * (1 - v)
+    radius = 0.415 + 0.032 * k["neck_width"] + 0.026 * man + 0.20 * v * v * v * v + 0.02 * (1 - v)
     apple = 0.018 * (man + 1.0).clamp(0, 3) * bump(u, v, (0.0, 0.40), (0.14, 0.07))
     cords = 0.010 * (0.5 + k["age"]) * ridge(u.abs(), 0.42 - 0.25 * v, 0.10)
     reach = radius + apple + cords

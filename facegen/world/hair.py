@@ -46,7 +46,7 @@ def hair_edge(k: Knobs, m: Measures, longitude: Tensor, x: Tensor) -> Tensor:
     tied = _style(k, "bun", "ponytail")
     sideburn = -0.17 + 0.05 * loose + 0.21 * tied + 0.03 * _style(k, "buzz cut")
     over_ear = 0.10 - 0.20 * loose
-    edge = mix(forehead, sideburn, smoothstep(0.86, 1.08, a))
+    edge = mix(forehead, sideburn, smoothstep(0.76, 1.10, a))
     edge = mix(edge, over_ear, smoothstep(1.26, 1.40, a))
     return mix(edge, -0.62 - 0.10 * k["hair_length"], smoothstep(1.75, 2.3, a))
 
@@ -86,7 +86,7 @@ def _cap(k: Knobs, m: Measures, columns: int, rows: int) -> Patch:
     s = strand_angle(k, x, y, z, longitude)
     volume, length, part = k["hair_volume"], k["hair_length"], k["hair_part"]
     shaggy = 1 - _style(k, "buzz cut", "afro", "curly")
-    above = y - hair_edge(k, m, longitude, x) + 0.020 * waves(s, 0.7) * shaggy
+    above = y - hair_edge(k, m, longitude, x) + (0.012 * waves(s, 0.7) + 0.010 * waves(s, 1.9)) * shaggy
     thick = (
         0.022 * _style(k, "buzz cut")
         + (0.050 + 0.050 * length) * _style(k, "short")

@@ -139,7 +139,7 @@ def assemble(k: Knobs, patches: Sequence[Patch]) -> Mesh:
         rows, columns = at_rest.shape[1:3]
         posed = pose(k, at_rest, patch.follows)
         points.append(posed.reshape(batch, -1, 3))
-        normals.append(_normals(posed, patch.split_row).reshape(batch, -1, 3))
+        normals.append(_normals(posed, patch.split_row).reshape(batch, -1, 3) * (-1 if patch.facing < 0 else 1))
         rest.append(patch.rest.expand(batch, rows, columns, 3).reshape(batch, -1, 3))
         one = torch.ones(1, 1, 1, device=device)
         inside.append((one if patch.inside is None else patch.inside).expand(batch, rows, columns).reshape(batch, -1))
@@ -249,5 +249,7 @@ def _resolve(mesh: Mesh, key: Tensor, pixel: Tensor, size: int) -> Fragments:
     p00, p01, p10, p11 = (values[corner[:, i]] for i in range(4))
     blended = (p00 * (1 - u) + p01 * u) * (1 - v) + (p10 * (1 - u) + p11 * u) * v
     points, normals, rest = blended[:, :3], unit(blended[:, 3:6]), blended[:, 6:]
-    normals = torch.where(normals[:, 2:3] < -0.02, -normals, normals)
+    # The far side of a thin sheet is turned to the viewer; on a silhouette the normal just stops at grazing.
+    normals = torch.where((normals[:, 2:3] < -0.25) & (mesh.facing[cell] == 0)[:, None], -normals, normals)
+    normals = unit(torch.cat([normals[:, :2], normals[:, 2:].clamp(min=0.02)], 1))
     return Fragments(picture, pixel, mesh.material[cell], points.contiguous(), normals, rest.contiguous(), mesh.side[cell])

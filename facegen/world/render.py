@@ -72,12 +72,12 @@ def render(scenes: Scenes, size: int = 256, *, supersample: int = 2) -> Renderin
 
 def _detail(size: int) -> tuple[int, int]:
     """Columns and rows of the head's grid."""
-    return (168, 136) if size <= 192 else (224, 184)
+    return (148, 120) if size <= 192 else (224, 184)
 
 
 def _patches(k: Knobs, m: Measures, size: int) -> list[Patch]:
     columns, rows = _detail(size)
-    coarse = (120, 80) if size <= 192 else (180, 120)
+    coarse = (108, 72) if size <= 192 else (180, 120)
     patches = [head_patch(k, m, Material.SKIN, columns, rows), neck_patch(k, m, Material.NECK), torso_patch(k)]
     patches += eye_patches(k, m, Material.EYE) + ear_patches(k, m, Material.EAR, covers_ears(k))
     patches += mouth_patches(k, m, Material.CAVITY, Material.TEETH, Material.TONGUE)

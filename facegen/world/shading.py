@@ -150,7 +150,7 @@ def _complexion(k: Knobs, m: Measures, color: Tensor, x: Tensor, y: Tensor, fron
     color = tint(color, ((0.30 + 0.85 * k["blush"]) * red).clamp(0, 1.15) * front, (1.04, 0.76, 0.74))
     speckle = smoothstep(0.60, 0.76, noise(1.1 * x, 1.1 * y, 0))
     spread = (bump(ax, y, (0.33, -0.18), (0.30, 0.17)) + bump(x, y, (0.0, -0.10), (0.25, 0.15))).clamp(0, 1)
-    color = tint(color, ((k["freckles"] - 0.65) / 0.30).clamp(0, 1) * speckle * spread * front, (0.62, 0.45, 0.36))
+    color = tint(color, ((k["freckles"] - 0.65) / 0.20).clamp(0, 1) * speckle * (1.2 * spread).clamp(max=1) * front, (0.62, 0.45, 0.36))
     spots = smoothstep(0.72, 0.80, noise(0.7 * x + 0.4, 0.7 * y, 1)) * ((k["age"] - 0.55) / 0.45).clamp(0, 1)
     color = tint(color, 0.5 * spots * front, (0.74, 0.62, 0.55))
     has_mole = ((k["mole"] - 0.68) / 0.06).clamp(0, 1)
@@ -243,9 +243,9 @@ def _eyes_and_brows(
         fold = ridge(below_upper, -0.052 + 0.006 * k["eye_hood"], 0.009) * smoothstep(1.1, 0.8, u.abs()) * front
         color = tint(color, 0.5 * fold, (0.55, 0.42, 0.42))
         t = (x * side - 0.100 - 0.3 * (m.eye_x - 0.340)) / 0.400
-        arch = (0.040 + 0.020 * k["brow_arch"]) * torch.sin(t.clamp(0, 1) * 2.4)
-        centre = m.brow_y + arch - 0.045 * t + 0.026 * k["brow_tilt"] * (t - 0.4)
-        thick = (0.036 + 0.0085 * k["brow_thickness"] + 0.0045 * man).clamp(min=0.013) * (1 - 0.62 * smoothstep(0.35, 1.0, t) - 0.25 * smoothstep(0.12, -0.02, t))
+        arch = (0.040 + 0.025 * k["brow_arch"]) * torch.sin(t.clamp(0, 1) * 2.4)
+        centre = m.brow_y + arch - 0.045 * t + 0.038 * k["brow_tilt"] * (t - 0.4)
+        thick = (0.036 + 0.0105 * k["brow_thickness"] + 0.0060 * man).clamp(min=0.013) * (1 - 0.62 * smoothstep(0.35, 1.0, t) - 0.25 * smoothstep(0.12, -0.02, t))
         off = (y - centre).abs()
         brow = smoothstep(thick + 0.012, thick - 0.016, off) * smoothstep(-0.03, 0.07, t) * smoothstep(1.03, 0.84, t) * front
         hairs = 0.92 + 0.08 * torch.sin(x * (side * 150) - (y - centre) * 260 + 4 * torch.sin(t * 9))
@@ -295,6 +295,7 @@ def eye_surface(k: Knobs, rest: Tensor) -> Surface:
     glow = 1.1 + 0.22 * torch.sin(around * 23) + 0.9 * smoothstep(0.10, 0.42, angle) * (y < 0.08).float() * 0.7
     iris = iris * (glow * (1 - 0.75 * smoothstep(iris_radius * 0.80, iris_radius, angle)))[:, None]
     white = torch.tensor([0.83, 0.82, 0.82], device=x.device) * (1 - 0.25 * smoothstep(0.8, 1.4, angle))[:, None]
+    white = tint(white, smoothstep(1.15, 1.45, angle), (0.75, 0.42, 0.38))
     white = tint(white, 0.6 * smoothstep(0.8, 1.3, angle) * k["age"], (1.0, 0.85, 0.80))
     color = paint(iris, smoothstep(iris_radius - 0.03, iris_radius + 0.04, angle), white)
     color = color * (0.02 + 0.98 * smoothstep(0.215, 0.265, angle))[:, None]
@@ -328,10 +329,10 @@ def torso_surface(k: Knobs, rest: Tensor) -> Surface:
     shirt, suit = (k.is_any("clothes", CLOTHES.index(name)) for name in ("shirt", "suit"))
     hoodie, tee = (k.is_any("clothes", CLOTHES.index(name)) for name in ("hoodie", "t-shirt"))
     skin = skin_color(k).expand(len(x), 3) * 0.97
-    color = own * (1 + 0.05 * (noise(0.9 * x, 0.5 * y, 1) - 0.5) + 0.06 * torch.sin(7 * x + 3 * y + 2 * torch.sin(4 * y)))[:, None]
+    color = own * (1 + 0.05 * (noise(0.9 * x, 0.5 * y, 1) - 0.5) + 0.025 * torch.sin(5 * x + 4 * y + 2 * torch.sin(3 * y)))[:, None]
     # Neck opening of a t-shirt, as a distance from the neck's axis which widens to the front.
     around = torch.sqrt(x * x + ((z + 0.16) * 1.0) ** 2)
-    opening = 0.60 + 0.05 * front
+    opening = 0.60 + 0.05 * smoothstep(-0.4, 0.4, z)
     bare = smoothstep(opening + 0.008, opening - 0.008, around) * tee
     band = tee * (around > opening).float() * smoothstep(opening + 0.075, opening + 0.065, around)
     color = color * (1 - 0.22 * band)[:, None]
@@ -402,7 +403,7 @@ def teeth_surface(k: Knobs, rest: Tensor) -> Surface:
     u, v, _ = rest.unbind(-1)
     gaps = 1 - 0.22 * ridge((u * 4.0) % 1, 0.5, 0.06)
     color = torch.tensor([0.86, 0.83, 0.77], device=u.device) * (gaps * (1 - 0.45 * u * u) * torch.where(v >= 2, 0.75, 1.0))[:, None]
-    return _plain(tint(color, k["age"] + 0 * u, (0.93, 0.87, 0.74)), "mouth", 0.2, 30.0)
+    return _plain(tint(color, k["age"] + 0 * u, (0.93, 0.87, 0.74)), "mouth", 0.2, 30.0, 0.5)
 
 
 def _fixed(color: tuple[float, float, float], label: str, gloss: float, focus: float, soft: float) -> Callable[[Knobs, Tensor], Surface]:

@@ -93,7 +93,7 @@ def glasses_patches(k: Knobs, m: Measures) -> list[Patch]:
         patches.append(Patch(Material.FRAME, arm, arm, _present(worn, arm[..., 0])))
     u, v = square(16, 8, k.device, (-1, 1), (-PI, PI))
     x = u * (centre_x - half_w + 0.01)
-    bridge = surface(x, m.eye_y + 0.030 + 0.03 * (1 - u * u) + 0.016 * torch.cos(v), front + 0.016 * torch.sin(v) + 0.02 * (1 - u * u))
+    bridge = surface(x, m.eye_y + 0.030 + 0.03 * (1 - u * u) + 0.016 * torch.cos(v), front + 0.016 * torch.sin(v) + 0.09 * (1 - u * u))
     patches.append(Patch(Material.FRAME, bridge, bridge, _present(worn, bridge[..., 0])))
     return patches
 
@@ -149,7 +149,7 @@ def _pompon(k: Knobs, m: Measures, beanie: Tensor) -> Patch:
 
 def earring_patches(k: Knobs, m: Measures) -> list[Patch]:
     u, v = square(16, 10, k.device, (-PI, PI), (-PI / 2, PI / 2))
-    size = 1 + 0.085 * k["ear_size"] + 0.10 * k["age"]
+    size = 1 + 0.120 * k["ear_size"] + 0.10 * k["age"]
     patches = []
     for side in SIDES:
         x = side * (m.skull_w * 0.955 + 0.05 + 0.015 * k["ear_stickout"]) + 0.052 * torch.sin(u) * torch.cos(v)
@@ -168,7 +168,7 @@ def collar_patches(k: Knobs) -> list[Patch]:
     if bool((column == style("turtleneck")).any()):
         u, v = square(48, 16, k.device, (-PI, PI), (0, 1))
         roll = 0.045 * torch.sin(v * PI) + 0.02 * ridge(v, 0.5, 0.08) * -1
-        radius = 0.470 + roll + 0.10 * v * v + 0.020 * k["neck_width"] + 0.018 * k["masculinity"]
+        radius = 0.470 + roll + 0.10 * v * v + 0.030 * k["neck_width"] + 0.024 * k["masculinity"]
         points = surface(radius * torch.sin(u), -1.02 - 0.42 * v - 0.05 * torch.cos(u), radius * 0.97 * torch.cos(u) - 0.15)
         worn = _present(k.is_any("clothes", style("turtleneck")), points[..., 0])
         patches.append(Patch(Material.COLLAR, points, surface(u, v, 0 * u).expand_as(points), worn, follows=2))
@@ -176,7 +176,7 @@ def collar_patches(k: Knobs) -> list[Patch]:
         u, v = square(60, 12, k.device, (-PI, PI), (0, 1))
         front = smoothstep(1.3, 0.0, u.abs())
         fold = ridge(v, 0.0, 0.25)
-        neck = 0.016 * k["neck_width"] + 0.014 * k["masculinity"]
+        neck = 0.028 * k["neck_width"] + 0.022 * k["masculinity"]
         radius = 0.500 + 0.10 * v + 0.020 * front - 0.025 * fold + neck
         y = -1.08 - 0.13 * front - (0.24 + 0.10 * front) * v
         points = surface(radius * torch.sin(u), y, radius * (1 + 0.05 * front) * torch.cos(u) - 0.17)
