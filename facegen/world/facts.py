@@ -4,13 +4,16 @@ A fact is a kind and a value: ``Fact("hair_color", "red")``. ``FACTS`` lists, fo
 another; they are the classes which an attribute judge predicts. ``labels(scenes)`` gives the true class of each kind,
 or ``UNKNOWN`` where a picture does not settle it: the colour of a bald man's hair, the age of somebody of thirty-three.
 
+Facts are also read from what a judge saw in a picture (``seen_facts``); there every kind is decided, because a picture
+that was asked for red hair and shows something between red and brown has to be told one or the other.
+
 A word often fits several values ("hat" is a beanie or a cap, "happy" is smiling or laughing). Such a value of a fact
 stands in ``LOOSE``, and ``accepted(fact)`` gives the values of the kind that make a fact true.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +25,7 @@ from facegen.world.parameters import (
     COLORS,
     EXPRESSION,
     GLASSES,
+    GROUPS,
     HAIR_COLORS,
     HAIR_STYLES,
     HATS,
@@ -110,6 +114,23 @@ def probability(fact: Fact, classes: Tensor) -> Tensor:
     return classes[..., places].sum(-1)
 
 
+def seen_facts(asked: Sequence[Fact], judged: Mapping[str, Tensor]) -> list[dict[Fact, bool]]:
+    """Which of the asked facts each judged picture shows; facts which the judge does not look at are left out.
+
+    judged: a judge's answers by parameter name for B pictures: probabilities (B, classes) or values (B,).
+    """
+    batch = len(next(iter(judged.values())))
+    blank = Scenes(*(torch.zeros(batch, len(parameters)) for parameters in GROUPS.values()))
+    columns = {name: answer.argmax(1) if answer.ndim == 2 else answer for name, answer in judged.items()}
+    look = _Look(blank.with_values(**{name: column.cpu().float() for name, column in columns.items()}), decided=True)
+    rows: list[dict[Fact, bool]] = [{} for _ in range(batch)]
+    for fact in asked:
+        if _NEEDS.get(fact.kind, fact.kind) in judged:
+            for row, label in zip(rows, _LABELS[fact.kind](look).tolist(), strict=True):
+                row[fact] = label != UNKNOWN and FACTS[fact.kind][label] in accepted(fact)
+    return rows
+
+
 def labels(scenes: Scenes) -> dict[str, Tensor]:
     """The true class of each kind, (B,) int64 index into ``FACTS[kind]``; UNKNOWN where it is not clear or seen."""
     look = _Look(scenes)
@@ -137,10 +158,11 @@ def fact_holds(fact: Fact, scenes: Scenes, row: int) -> bool | None:
 
 
 class _Look:
-    """A batch of scenes, read column by column."""
+    """A batch of scenes, read column by column; ``decided`` where an unclear value goes to the nearest class."""
 
-    def __init__(self, scenes: Scenes) -> None:
+    def __init__(self, scenes: Scenes, *, decided: bool = False) -> None:
         self.scenes = scenes
+        self.decided = decided
 
     def __getitem__(self, name: str) -> Tensor:
         return self.scenes.column(name)
@@ -153,15 +175,21 @@ class _Look:
 _Label = Callable[[_Look], Tensor]
 
 
-def _first(look: _Look, *cases: Tensor) -> Tensor:
+def _only(*cases: Tensor) -> Tensor:
     """The index of the one case that is true; UNKNOWN where none or several are."""
     stacked = torch.stack(cases)  # (cases, B)
     return torch.where(stacked.sum(0) == 1, stacked.int().argmax(0), UNKNOWN)
 
 
 def _bands(name: str, *bands: tuple[float, float]) -> _Label:
-    """Class i where the parameter lies in band i."""
-    return lambda look: _first(look, *((look[name] >= low) & (look[name] <= high) for low, high in bands))
+    """Class i where the parameter lies in band i; of the nearest band where all is decided."""
+
+    def label(look: _Look) -> Tensor:
+        value = look[name]
+        beyond = torch.stack([torch.maximum(low - value, value - high).clamp(min=0) for low, high in bands])
+        return beyond.argmin(0) if look.decided else _only(*(beyond == 0))
+
+    return label
 
 
 def _there(name: str, absent: float = 0.1, present: float = 0.4) -> _Label:
@@ -196,7 +224,7 @@ def _hair_seen(look: _Look) -> Tensor:
 
 def _ears_seen(look: _Look) -> Tensor:
     over = look.isin("hair_style", HAIR_STYLES, "bob", "bangs", "long straight", "long wavy", "curly", "afro")
-    return (look["earrings"] < 0.5) | ~over & (look["yaw"].abs() < 0.45)
+    return (look["earrings"] < 0.5) | ~over & (look["yaw"].abs() < 0.45) | look.decided
 
 
 def _one_eye_seen(look: _Look) -> Tensor:
@@ -211,17 +239,36 @@ def _full_beard(look: _Look) -> Tensor:
 def _eyes(look: _Look) -> Tensor:
     left, right = look["eye_close_left"], look["eye_close_right"]
     most, least = torch.maximum(left, right), torch.minimum(left, right)
-    return _first(look, most < 0.45, least > 0.8, (most > 0.8) & (least < 0.45))
+    if look.decided:
+        return (most > 0.6).long() + ((most > 0.6) & (most - least > 0.4)).long()
+    return _only(most < 0.45, least > 0.8, (most > 0.8) & (least < 0.45))
+
+
+# What shows an expression most, in the order of FACTS["expression"] from its second value.
+_SIGNS: tuple[tuple[str, ...], ...] = (
+    ("smile",), ("smile", "jaw_open"), ("frown", "brow_inner_raise"), ("brow_lower",), ("brow_raise", "jaw_open"),
+    ("nose_wrinkle", "upper_lip_raise"), ("brow_inner_raise", "lip_stretch"), ("pucker",), ("cheek_puff",),
+)  # fmt: skip
+_AGAINST: Mapping[int, str] = {0: "jaw_open", 3: "nose_wrinkle"}
+_BARELY = 0.35
+
+
+def _strongest_expression(look: _Look) -> Tensor:
+    scores = torch.stack([torch.stack([look[sign] for sign in signs]).mean(0) for signs in _SIGNS])  # (9, B)
+    for place, sign in _AGAINST.items():
+        scores[place] *= 1 - look[sign]
+    return torch.where(scores.amax(0) < _BARELY, 0, scores.argmax(0) + 1)
 
 
 def _expression(look: _Look) -> Tensor:
+    if look.decided:
+        return _strongest_expression(look)
     smile, jaw, frown, inner = look["smile"], look["jaw_open"], look["frown"], look["brow_inner_raise"]
     lower, wrinkle = look["brow_lower"], look["nose_wrinkle"]
     still = torch.stack([look[p.name] for p in EXPRESSION if not p.name.startswith(("eye_close", "gaze"))])
     glad = (frown < 0.25) & (lower < 0.35) & (inner < 0.35) & (wrinkle < 0.45) & (look["pucker"] < 0.3)
     glad &= (look["cheek_puff"] < 0.4) & (look["lip_stretch"] < 0.5)
-    return _first(
-        look,
+    return _only(
         still.amax(0) < 0.2,
         glad & (smile > 0.4) & (jaw < 0.25),
         glad & (smile > 0.5) & (jaw > 0.35),
@@ -240,8 +287,10 @@ def _expression(look: _Look) -> Tensor:
 
 
 def _mouth(look: _Look) -> Tensor:
-    parted = (look["upper_lip_raise"] < 0.3) & (look["lip_stretch"] < 0.4) & (look["smile"] < 0.6)
-    return _first(look, (look["jaw_open"] < 0.12) & parted, look["jaw_open"] > 0.35)
+    if look.decided:
+        return (look["jaw_open"] > 0.27).long()
+    together = (look["upper_lip_raise"] < 0.3) & (look["lip_stretch"] < 0.4) & (look["smile"] < 0.6)
+    return _only((look["jaw_open"] < 0.12) & together, look["jaw_open"] > 0.35)
 
 
 _LABELS: Mapping[str, _Label] = {
@@ -276,4 +325,9 @@ _LABELS: Mapping[str, _Label] = {
     "light": _bands("light_x", (-1.0, -0.45), (-0.22, 0.22), (0.45, 1.0)),
     "light_color": _bands("warmth", (-1.0, -0.45), (-0.22, 0.22), (0.45, 1.0)),
 }
+# The parameter without which a kind cannot be told, where it has another name.
+_NEEDS: Mapping[str, str] = {
+    "gender": "masculinity", "skin": "skin_tone", "expression": "smile", "eyes": "eye_close_left", "mouth": "jaw_open",
+    "looking": "yaw", "tilt": "pitch", "light": "light_x", "light_color": "warmth",
+}  # fmt: skip
 assert set(_LABELS) == set(FACTS)
