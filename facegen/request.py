@@ -92,7 +92,7 @@ def names(default: Sequence[str], about: str, **more: Any) -> Any:
     return _field(kind="names", default=tuple(default), about=about, **more)
 
 
-def strengths(default: float | Mapping[str, float], about: str, **more: Any) -> Any:
+def strengths(default: float | Mapping[str, float] | None, about: str, **more: Any) -> Any:
     """A number, a curve over the steps (evenly spaced points, or a function of 0..1), or one of these by name."""
     if isinstance(default, Mapping):
         return dataclasses.field(

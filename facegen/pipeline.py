@@ -1,0 +1,595 @@
+"""What every task shares: what is loaded, whose face it is, how pictures are judged, recorded and handed out.
+
+A task is one file in pipelines/: its request (facegen.request) and a subclass of :class:`Pipeline` that turns a request
+into pictures in :meth:`Pipeline.paint`. Nothing heavy is imported until a model is loaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import logging
+import pkgutil
+import secrets
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, cast
+
+from facegen import __version__, examples, metadata
+from facegen.errors import Cancelled, WrongRequest
+from facegen.request import Curve, Photo, Request, choice, from_json, make, specs, suggestion, switch, text, to_json
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+    from facegen.adapter import Adapter
+    from facegen.conditions import Condition, LoraCondition
+    from facegen.denoise import Step
+    from facegen.face.analyze import FaceAnalyzer
+    from facegen.face.fuse import Fused
+    from facegen.face.types import Face
+    from facegen.models.base import Model
+    from facegen.report import Judges, Report
+
+log = logging.getLogger(__name__)
+R = TypeVar("R", bound=Request)
+P = TypeVar("P", bound="Pipeline[Any]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loading(Request):
+    """What is loaded before the first picture, and where."""
+
+    task: ClassVar[str] = "Load a model."
+
+    model: str = text("mini", "Base model: mini, sd15, sdxl, a hub id, a folder in diffusers' format or a single file.")
+    pack: str | None = text(
+        cast(str, None),
+        "Face analysis: mini, buffalo_l, antelopev2 or a folder; by default what the adapter was made for.",
+        optional=True,
+        advanced=True,
+    )
+    device: str | None = choice(
+        None, "Where to compute; by default the GPU if there is one.", ("cpu", "cuda", "mps"),
+        optional=True, advanced=True,
+    )  # fmt: skip
+    dtype: str | None = choice(
+        None, "Precision; by default float16 on CUDA, float32 elsewhere.", ("float32", "float16", "bfloat16"),
+        optional=True, advanced=True,
+    )  # fmt: skip
+    offload: str = choice(
+        "none", "What leaves the GPU while it is not needed.", ("none", "model", "sequential"), advanced=True
+    )
+    tiling: bool = switch(False, "Decode large pictures in tiles.", advanced=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far a call is: `done` of `total` steps over all its pictures, and a preview of those being made.
+
+    preview: decodes the pictures as this step sees them coming (a list of PIL pictures); None between steps.
+    """
+
+    stage: str
+    done: int
+    total: int
+    preview: Callable[[], list[Image.Image]] | None = None
+
+    @property
+    def fraction(self) -> float:
+        """0 to 1."""
+        return self.done / max(self.total, 1)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Watch:
+    """Who is told of progress, and who may stop the call."""
+
+    on_progress: Callable[[Progress], None] | None = None
+    cancelled: Callable[[], bool] | None = None
+
+    def tell(self, progress: Progress) -> None:
+        """Raises :class:`Cancelled` when the call is to stop."""
+        if self.cancelled is not None and self.cancelled():
+            raise Cancelled("Stopped; the pictures that were finished are whole, nothing else was written.")
+        if self.on_progress is not None:
+            self.on_progress(progress)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Person:
+    """Who is meant: the faces of their photos, and the photos fused into one, per face pack."""
+
+    photos: tuple[Image.Image, ...]
+    faces: Mapping[str, tuple[Face, ...]]
+    fused: Mapping[str, Fused]
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def references(self) -> tuple[Face, ...]:
+        """The faces that the pictures should show: those of the photos that were taken for one person."""
+        return self.kept(next(iter(self.faces)))
+
+    def kept(self, pack: str) -> tuple[Face, ...]:
+        """The faces, as this pack sees them, of the photos that were taken for one person."""
+        return tuple(self.faces[pack][place] for place in self.fused[pack].kept)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Worn:
+    """A loaded adapter: where it came from, its checksum, and the face pack whose embeddings it understands."""
+
+    adapter: Adapter
+    source: str
+    sha256: str
+    pack: str
+
+
+@dataclass(eq=False)
+class Loaded:
+    """Everything heavy; pipelines made by :meth:`Pipeline.from_pipe` share one of these."""
+
+    model: Model
+    loading: Loading
+    sha256: str
+    licence: str = ""
+    adapters: dict[str, Worn] = field(default_factory=dict)
+    analyzers: dict[str, FaceAnalyzer] = field(default_factory=dict)
+    loras: dict[tuple[str, float], LoraCondition] = field(default_factory=dict)
+    judges: dict[str, Judges] = field(default_factory=dict)
+
+    @property
+    def is_mini(self) -> bool:
+        return self.loading.model == "mini"
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Painted:
+    """One batch of pictures of a task: their places in the call and their pixels (B, 3, H, W) in [0, 1]."""
+
+    indices: tuple[int, ...]
+    pixels: torch.Tensor
+    references: tuple[Face, ...] = ()  # whom the pictures should show
+    prompt: str = ""
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Output(Generic[R]):
+    """What a call gives: pictures, a report on each, and the request with everything that was left open filled in."""
+
+    images: list[metadata.Picture]
+    reports: list[Report]
+    request: R
+
+    def save(self, folder: str | Path, stem: str = "picture") -> list[Path]:
+        """Write every picture as PNG with its metadata: stem-1.png, stem-2.png, …"""
+        paths = [Path(folder) / f"{stem}-{place}.png" for place in range(1, len(self.images) + 1)]
+        for path, image in zip(paths, self.images, strict=True):
+            image.save(path)
+        return paths
+
+
+class Pipeline(ABC, Generic[R]):
+    """Base of all tasks; see facegen/pipelines/generate.py for the smallest one."""
+
+    request_class: ClassVar[type[Request]]
+
+    def __init__(self, loaded: Loaded) -> None:
+        self.loaded = loaded
+
+    # loading
+
+    @classmethod
+    def from_pretrained(cls: type[P], model: str | Path = "mini", **options: Any) -> P:
+        """Load a base model: "mini", "sd15", "sdxl", a hub id, a diffusers folder or a single file.
+
+        options: the other fields of :class:`Loading` (pack, device, dtype, offload, tiling); dtype may be a torch dtype.
+        """
+        dtype = options.get("dtype")
+        if dtype is not None and not isinstance(dtype, str):
+            options["dtype"] = str(dtype).removeprefix("torch.")
+        device = options.pop("device", None)
+        loading = make(Loading, {"model": str(model), **options, "device": None if device is None else str(device)})
+        return cls.load(loading)
+
+    @classmethod
+    def load(cls: type[P], loading: Loading) -> P:
+        """Load what a :class:`Loading` describes."""
+        import torch
+
+        from facegen.models.base import Model, locate
+
+        model = Model.from_pretrained(
+            loading.model,
+            dtype=getattr(torch, loading.dtype) if loading.dtype else None,
+            device=loading.device,
+            offload=cast(Any, loading.offload),
+            tiling=loading.tiling,
+        )
+        return cls(Loaded(model, loading, _weights_checksum(locate(loading.model)), _licence(loading.model)))
+
+    @classmethod
+    def from_pipe(cls: type[P], pipe: Pipeline[Any]) -> P:
+        """Another task with the same loaded weights, adapters and judges; nothing is copied."""
+        return cls(pipe.loaded)
+
+    @property
+    def model(self) -> Model:
+        return self.loaded.model
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The names of the loaded adapters."""
+        return tuple(self.loaded.adapters)
+
+    def load_adapter(self, source: str | Path, name: str | None = None) -> str:
+        """Load an adapter by name, folder or file (its family is read off its keys) and return the name it goes by.
+
+        name: for a second adapter of one family.
+        Raises WeightsMissing, CheckpointBroken, WrongAdapter or WrongBaseModel.
+        """
+        from facegen import adapter as contract
+
+        adapter, path = contract.load(source, self.model)
+        called = name or adapter.name
+        if called in self.loaded.adapters and self.loaded.adapters[called].source != str(source):
+            raise WrongRequest(f"An adapter called '{called}' is loaded already; give this one another name.")
+        pack = self.loaded.loading.pack or ("mini" if self.loaded.is_mini else adapter.pack)
+        self.loaded.adapters[called] = Worn(
+            adapter=adapter, source=str(source), sha256=_weights_checksum(path), pack=pack
+        )
+        return called
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter."""
+        if name not in self.loaded.adapters:
+            raise WrongRequest(f"No adapter '{name}' is loaded{suggestion(name, self.loaded.adapters)}.")
+        del self.loaded.adapters[name]
+
+    def analyzer(self, pack: str) -> FaceAnalyzer:
+        """The face analysis of a pack, loaded once."""
+        from facegen.face.analyze import FaceAnalyzer
+
+        if pack not in self.loaded.analyzers:
+            self.loaded.analyzers[pack] = FaceAnalyzer.from_pretrained(pack)
+        return self.loaded.analyzers[pack]
+
+    # calling
+
+    def __call__(
+        self,
+        request: R | None = None,
+        *,
+        conditions: Sequence[Condition] = (),
+        on_progress: Callable[[Progress], None] | None = None,
+        cancelled: Callable[[], bool] | None = None,
+        **fields: Any,
+    ) -> Output[R]:
+        """Make the pictures of a request, given whole or as keywords (which also override a given one's fields).
+
+        conditions: more of your own, beside those that the request asks for. on_progress: told after each step.
+        cancelled: asked after each step; when it says True the call ends in :class:`Cancelled`.
+        """
+        asked = self.resolve(self.request(request, fields))
+        made = list(self.stream(asked, conditions, Watch(on_progress=on_progress, cancelled=cancelled)))
+        return Output([image for image, _ in made], [report for _, report in made], asked)
+
+    def request(self, request: R | None, fields: Mapping[str, Any]) -> R:
+        """One request from a given one and the fields that override it."""
+        given = {} if request is None else {name: getattr(request, name) for name in specs(type(request))}
+        return cast(R, make(self.request_class, {**given, **fields}))
+
+    def stream(
+        self,
+        request: R,
+        conditions: Sequence[Condition] = (),
+        watch: Watch | None = None,
+        indices: Sequence[int] | None = None,
+    ) -> Iterator[tuple[metadata.Picture, Report]]:
+        """The pictures one by one as they are finished, or only those at `indices`; `request` must be resolved."""
+        watch = watch or Watch()
+        record = metadata.Record(
+            pipeline=self.name, loaded=self._loaded_json(request), request=self._request_json(request)
+        )
+        began = time.perf_counter()
+        for painted in self.paint(request, conditions, watch, indices):
+            seconds = (time.perf_counter() - began) / len(painted.indices)
+            for index, pixels in zip(painted.indices, painted.pixels, strict=True):
+                if indices is not None and index not in indices:
+                    continue
+                picture = metadata.as_picture(pixels, replace(record, index=index))
+                report = replace(self._report(picture, painted, request, index), seconds=round(seconds, 3))
+                yield picture.with_report(report.to_json()), report
+            began = time.perf_counter()
+
+    @abstractmethod
+    def paint(
+        self, request: R, conditions: Sequence[Condition], watch: Watch, indices: Sequence[int] | None
+    ) -> Iterator[Painted]:
+        """The task itself: batches of pixels."""
+
+    # what tasks are made of
+
+    @property
+    def name(self) -> str:
+        """The task's file in pipelines/, which is its verb on the command line."""
+        return type(self).__module__.rpartition(".")[2]
+
+    def resolve(self, request: R) -> R:
+        """Fill in what the request leaves open, so that it can be repeated: seed, adapters, curves per step."""
+        known = specs(type(request))
+        values: dict[str, Any] = {}
+        if "seed" in known and getattr(request, "seed", None) is None:
+            values["seed"] = secrets.randbelow(2**31)
+        if "adapters" in known:
+            values["adapters"] = self._resolved_adapters(request)
+        steps = getattr(request, "num_inference_steps", 1)
+        for name, spec in known.items():
+            if spec.kind == "strengths":
+                value = getattr(request, name)
+                if isinstance(value, Mapping):
+                    values[name] = {key: _per_step(curve, steps) for key, curve in value.items()}
+                else:
+                    values[name] = _per_step(value, steps)
+        return replace(request, **values)
+
+    def _resolved_adapters(self, request: R) -> tuple[str, ...]:
+        """The adapters that act: those asked for (loaded if need be), else all, else the model's own choice."""
+        asked: tuple[str, ...] = getattr(request, "adapters", ())
+        has_faces = bool(getattr(request, "faces", ()))
+        if asked and not has_faces:
+            raise WrongRequest(f"The adapter '{asked[0]}' needs a photo of the person; give one as faces.")
+        if not has_faces:
+            return ()
+        if not asked and not self.loaded.adapters:
+            asked = (self.default_adapter(),)
+        return tuple(self._wear(name) for name in asked) if asked else self.adapters
+
+    def _wear(self, name: str) -> str:
+        for called, worn in self.loaded.adapters.items():
+            if name in (called, worn.source):
+                return called
+        return self.load_adapter(name)
+
+    def default_adapter(self) -> str:
+        """The adapter that is used when faces are given and none is loaded."""
+        if self.loaded.is_mini:
+            return "arc2face"
+        raise WrongRequest("No adapter is loaded, so the faces cannot be used; load one, such as 'instantid'.")
+
+    def person(self, photos: Sequence[Photo], select: str, adapters: Sequence[str]) -> Person | None:
+        """Find and fuse the faces of one person's photos; None for no photos.
+
+        Raises BadImage, NoFaceFound, or SeveralFaces where `select` is "only".
+        """
+        from facegen.face.fuse import fuse
+        from facegen.images import load_rgb
+
+        if not photos:
+            return None
+        loaded = tuple(examples.photo(one) if examples.is_example(one) else load_rgb(one) for one in photos)
+        packs = list(dict.fromkeys(self.loaded.adapters[name].pack for name in adapters)) or [self.reading_pack()]
+        faces: dict[str, tuple[Face, ...]] = {}
+        fused: dict[str, Fused] = {}
+        for pack in packs:
+            analyzer = self.analyzer(pack)
+            faces[pack] = tuple(
+                analyzer.face(image, select=cast(Any, select), what=_photo_name(photo))
+                for image, photo in zip(loaded, photos, strict=True)
+            )
+            fused[pack] = fuse(faces[pack])
+        warnings = tuple(dict.fromkeys(one.warning for one in fused.values() if one.warning))
+        for warning in warnings:
+            log.warning(warning)
+        return Person(photos=loaded, faces=faces, fused=fused, warnings=warnings)
+
+    def reading_pack(self) -> str:
+        """The pack that finds faces where no adapter says which it wants."""
+        return self.loaded.loading.pack or ("mini" if self.loaded.is_mini else "buffalo_l")
+
+    def identity(self, person: Person | None, request: Any, size: tuple[int, int]) -> list[Condition]:
+        """The conditions of the request's adapters for this person; `size` is (height, width) of the picture."""
+        from facegen.adapter import AdapterRequest
+
+        if person is None:
+            return []
+        given = request.strength
+        if isinstance(given, Mapping):
+            for name in given:
+                if name not in request.adapters:
+                    raise WrongRequest(
+                        f"strength names '{name}', which does not act{suggestion(name, request.adapters)}."
+                    )
+        conditions: list[Condition] = []
+        for name in request.adapters:
+            worn = self.loaded.adapters[name]
+            asked = AdapterRequest(
+                height=size[0],
+                width=size[1],
+                prompt=request.prompt,
+                negative_prompt=request.negative_prompt,
+                scale=given.get(name, 1.0) if isinstance(given, Mapping) else given,
+                control_scale=request.control_strength,
+                structure=request.structure,
+                guidance=request.guidance_scale > 1,
+            )
+            conditions += worn.adapter.conditions(person.kept(worn.pack), asked, self.model)
+        return conditions
+
+    def host(self, adapters: Sequence[str]) -> Model:
+        """The model in which these adapters' conditions act: one of them may bring a UNet of its own."""
+        hosts = {name: self.loaded.adapters[name].adapter.host(self.model) for name in adapters}
+        foreign = {name: host for name, host in hosts.items() if host is not self.model}
+        if len({id(host) for host in foreign.values()}) > 1:
+            raise WrongRequest(f"{' and '.join(foreign)} each bring a UNet of their own, so only one of them can act.")
+        return next(iter(foreign.values()), self.model)
+
+    def worn_loras(self, loras: Mapping[str, Curve]) -> list[LoraCondition]:
+        """LoRA files with their strengths as conditions; a file is read once."""
+        from facegen.models.lora import load_lora
+
+        worn: list[LoraCondition] = []
+        for name, strength in loras.items():
+            path = Path(name).expanduser()
+            key = (str(path), path.stat().st_mtime if path.is_file() else 0.0)
+            if key not in self.loaded.loras:
+                self.loaded.loras[key] = load_lora(path, self.model)
+            worn.append(replace(self.loaded.loras[key], scale=strength))
+        return worn
+
+    def size(self, request: Any) -> tuple[int, int]:
+        """(height, width) in pixels; the model's own where the request leaves it open."""
+        height, width = self.model.default_size
+        size = (request.height or height, request.width or width)
+        self.model.latent_shape(*size)
+        return size
+
+    def batches(self, count: int, batch_size: int, indices: Sequence[int] | None) -> Iterator[tuple[int, ...]]:
+        """The places of the pictures that are made together; with `indices` only the batches that hold one of them."""
+        for start in range(0, count, batch_size):
+            batch = tuple(range(start, min(start + batch_size, count)))
+            if indices is None or not set(batch).isdisjoint(indices):
+                yield batch
+
+    def generators(self, seed: int, indices: Sequence[int]) -> list[torch.Generator]:
+        """Picture i draws from seed + i alone, on the CPU, so that it is the same in every batch and on every device."""
+        import torch
+
+        return [torch.Generator().manual_seed(seed + index) for index in indices]
+
+    def on_step(self, watch: Watch, done: int, now: int, total: int) -> Callable[[Step], None]:
+        """The loop's callback: tells the watch, with a preview on demand.
+
+        Of `total` pictures `done` are finished and `now` are being made.
+        """
+
+        def tell(step: Step) -> None:
+            def preview() -> list[Image.Image]:
+                from facegen.images import to_pil
+
+                return [to_pil(one) for one in self.model.decode(step.predicted_x0)]
+
+            progress = Progress(
+                stage="painting",
+                done=done * step.total + now * (step.index + 1),
+                total=total * step.total,
+                preview=preview,
+            )
+            watch.tell(progress)
+
+        return tell
+
+    # judging and recording
+
+    def judges(self, adapters: Sequence[str]) -> Judges:
+        """Who judges pictures of these adapters: never the recogniser that conditioned them."""
+        from facegen.report import judges_for
+
+        packs = sorted({self.loaded.adapters[name].pack for name in adapters}) or [self.reading_pack()]
+        key = " ".join(packs)
+        if key not in self.loaded.judges:
+            self.loaded.judges[key] = judges_for(packs, self.analyzer, mini=self.loaded.is_mini)
+        return self.loaded.judges[key]
+
+    def _report(self, picture: Image.Image, painted: Painted, request: R, index: int) -> Report:
+        from facegen.report import Provenance
+
+        adapters: tuple[str, ...] = getattr(request, "adapters", ())
+        seed = getattr(request, "seed", None)
+        provenance = Provenance(
+            facegen=__version__,
+            model=self.loaded.loading.model,
+            model_sha256=self.loaded.sha256,
+            adapters={name: self.loaded.adapters[name].sha256 for name in adapters},
+            licence=self.loaded.licence,
+            seed=None if seed is None else seed + index,
+        )
+        judges = self.judges(adapters)
+        return judges.report(picture, painted.references, painted.prompt, provenance, painted.warnings)
+
+    def _loaded_json(self, request: R) -> dict[str, Any]:
+        adapters: tuple[str, ...] = getattr(request, "adapters", ())
+        loras: Mapping[str, Curve] = getattr(request, "loras", {})
+        return {
+            **to_json(self.loaded.loading),
+            "device": str(self.model.device),
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "sha256": self.loaded.sha256,
+            "adapters": {
+                name: {"source": self.loaded.adapters[name].source, "sha256": self.loaded.adapters[name].sha256}
+                for name in adapters
+            },
+            "loras": {name: metadata.file_checksum(Path(name).expanduser()) for name in loras},
+        }
+
+    def _request_json(self, request: R) -> dict[str, Any]:
+        return to_json(request, lambda photo: metadata.photo_record(photo, examples.photo))
+
+
+def _per_step(curve: Curve, steps: int) -> Curve:
+    """A function of progress becomes its values at the steps, which can be written down."""
+    if not callable(curve):
+        return curve
+    return tuple(float(curve(index / max(steps - 1, 1))) for index in range(steps))
+
+
+def _photo_name(photo: Photo) -> str:
+    return f"photo {photo}" if isinstance(photo, (str, Path)) else "photo"
+
+
+def _weights_checksum(path: Path) -> str:
+    """SHA-256 of a weight file, or of all those of a folder in the order of their names; of a model its UNet's."""
+    import hashlib
+
+    if path.is_file():
+        return metadata.file_checksum(path)
+    folder = path / "unet" if (path / "unet").is_dir() else path
+    files = sorted(file for file in folder.rglob("*") if file.suffix in (".safetensors", ".bin", ".pt", ".ckpt"))
+    if len(files) == 1:
+        return metadata.file_checksum(files[0])
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(metadata.file_checksum(file).encode())
+    return digest.hexdigest()
+
+
+def _licence(model: str) -> str:
+    """What the weights of a known model allow; empty for a model that is not in the table."""
+    from facegen import hub
+
+    return hub.licence(model)
+
+
+# finding tasks
+
+
+def tasks() -> tuple[str, ...]:
+    """The files of pipelines/, which are the verbs of the command line."""
+    folder = importlib.import_module("facegen.pipelines")
+    return tuple(sorted(one.name for one in pkgutil.iter_modules(folder.__path__) if not one.name.startswith("_")))
+
+
+def task(name: str) -> type[Pipeline[Any]]:
+    """The pipeline class of a file of pipelines/; raises :class:`WrongRequest` for a name that does not exist."""
+    if name not in tasks():
+        raise WrongRequest(f"There is no task '{name}'{suggestion(name, tasks())}.")
+    module = importlib.import_module(f"facegen.pipelines.{name}")
+    for value in vars(module).values():
+        if isinstance(value, type) and issubclass(value, Pipeline) and value.__module__ == module.__name__:
+            return value
+    raise AssertionError(f"facegen/pipelines/{name}.py defines no pipeline")
+
+
+def rebuild(record: metadata.Record) -> tuple[Loading, Any]:
+    """What was loaded and the request, from a picture's record.
+
+    Raises WrongRequest when the record names a task or field that this version does not know.
+    """
+    names = {one.name for one in dataclasses.fields(Loading)}
+    loading = make(Loading, {name: value for name, value in record.loaded.items() if name in names})
+    return loading, from_json(task(record.pipeline).request_class, record.request, metadata.photo_read)

@@ -1,0 +1,169 @@
+"""What became of a picture: is it the same person, was the prompt obeyed, and where does the picture come from.
+
+Likeness is the cosine of two embeddings of a judging recogniser that never conditions anything; beside it stand what
+that judge gives two pictures of one person (ceiling) and two strangers (floor), for the number means little alone.
+What cannot be judged says so, with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True, kw_only=True)
+class Likeness:
+    """cosine: generated against reference, -1 to 1; threshold: above it the judge takes two faces for one person."""
+
+    cosine: float
+    judge: str
+    ceiling: float | None = None  # mean cosine of two pictures of one person
+    floor: float | None = None  # mean cosine of two strangers
+    threshold: float | None = None
+
+    @property
+    def same(self) -> bool | None:
+        """Whether the judge takes it for the same person; None when it has no threshold."""
+        return None if self.threshold is None else self.cosine >= self.threshold
+
+    def __str__(self) -> str:
+        word = {True: "same person", False: "another person", None: "likeness"}[self.same]
+        return f"{word} {self.cosine:.2f}{self._context()}"
+
+    def _context(self) -> str:
+        if self.ceiling is None or self.floor is None:
+            return ""
+        return f" (photos of one person {self.ceiling:.2f}, strangers {self.floor:.2f})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Obedience:
+    """asked: what the prompt asks for, as far as the judge knows the words; hit: those that the picture shows."""
+
+    asked: tuple[str, ...]
+    hit: tuple[str, ...]
+
+    @property
+    def missed(self) -> tuple[str, ...]:
+        return tuple(one for one in self.asked if one not in self.hit)
+
+    def __str__(self) -> str:
+        told = f"prompt {len(self.hit)} of {len(self.asked)}"
+        return f"{told} (not {', '.join(self.missed)})" if self.missed else told
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """Where the picture comes from; `licence` is what the weights allow."""
+
+    facegen: str
+    model: str
+    model_sha256: str = ""
+    adapters: Mapping[str, str] = field(default_factory=dict)  # name → SHA-256
+    licence: str = ""
+    seed: int | None = None
+    ai_generated: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """One picture's report; `str()` is one line, :meth:`to_json` plain data."""
+
+    likeness: Likeness | None = None
+    faces: int | None = None
+    obedience: Obedience | None = None
+    provenance: Provenance | None = None
+    not_judged: Mapping[str, str] = field(default_factory=dict)  # what → why
+    warnings: tuple[str, ...] = ()
+    seconds: float | None = None
+
+    def __str__(self) -> str:
+        parts = [str(part) for part in (self.likeness,) if part]
+        parts += [f"faces {self.faces}"] if self.faces is not None else []
+        parts += [str(self.obedience)] if self.obedience and self.obedience.asked else []
+        parts += [f"seed {self.provenance.seed}"] if self.provenance and self.provenance.seed is not None else []
+        parts += [f"{what} not judged: {why}" for what, why in self.not_judged.items()]
+        parts += list(self.warnings)
+        return " · ".join(parts)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        plain = asdict(self)
+        if self.likeness is not None:
+            plain["likeness"]["same"] = self.likeness.same
+        return plain
+
+
+class LikenessJudge(Protocol):
+    """A recogniser that is used for judging only."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def ceiling(self) -> float | None: ...
+    @property
+    def floor(self) -> float | None: ...
+    @property
+    def threshold(self) -> float | None: ...
+    def cosine(self, face: Any, references: Sequence[Any]) -> float:
+        """Likeness of a face to the person of the reference faces (facegen.face.Face each)."""
+        ...
+
+
+class PromptJudge(Protocol):
+    """Tells which of the things a prompt asks for a picture shows."""
+
+    def asked(self, prompt: str) -> tuple[str, ...]:
+        """The askable things in the prompt, in words."""
+        ...
+
+    def shown(self, prompt: str, image: Any) -> tuple[str, ...]:
+        """Those of :meth:`asked` that the picture shows."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judges:
+    """Who judges; what is None is not judged, for the reason in `reasons`."""
+
+    detector: Any = None  # facegen.face.FaceAnalyzer
+    likeness: LikenessJudge | None = None
+    prompt: PromptJudge | None = None
+    reasons: Mapping[str, str] = field(default_factory=dict)
+
+    def report(
+        self, image: Any, references: Sequence[Any], prompt: str, provenance: Provenance, warnings: Sequence[str] = ()
+    ) -> Report:
+        """Judge one picture; `references` are the faces it should show, empty when nobody was asked for."""
+        missing: dict[str, str] = {}
+        found = None if self.detector is None else self.detector.faces(image, what="generated picture")
+        likeness = None
+        if references:
+            if found is None or self.likeness is None:
+                missing["likeness"] = self.reasons.get("likeness", "no judge fits these weights")
+            elif not found:
+                missing["likeness"] = "no face found"
+            else:
+                face = max(found, key=lambda one: float((one.box[2] - one.box[0]) * (one.box[3] - one.box[1])))
+                judge = self.likeness
+                likeness = Likeness(
+                    cosine=judge.cosine(face, references),
+                    judge=judge.name,
+                    ceiling=judge.ceiling,
+                    floor=judge.floor,
+                    threshold=judge.threshold,
+                )
+        obedience = None
+        if self.prompt is not None:
+            obedience = Obedience(asked=self.prompt.asked(prompt), hit=self.prompt.shown(prompt, image))
+        elif prompt:
+            missing["prompt"] = self.reasons.get("prompt", "no judge fits these weights")
+        return Report(
+            likeness=likeness,
+            faces=None if found is None else len(found),
+            obedience=obedience,
+            provenance=provenance,
+            not_judged=missing,
+            warnings=tuple(warnings),
+        )
