@@ -144,11 +144,11 @@ def skull(k: Knobs, m: Measures, longitude: Tensor, latitude: Tensor) -> tuple[T
     x = x * (
         1
         + jaw * ridge(y, -0.66, 0.34)
-        - 0.11 * smoothstep(-0.05, -0.70, y)
+        - 0.08 * smoothstep(-0.05, -0.70, y)
         + (0.17 + 0.080 * k["chin_width"] + 0.034 * man) * smoothstep(-0.72, -1.10, y)
         + 0.045 * k["temple_width"] * ridge(y, 0.42, 0.34)
         + 0.033 * k["cheekbone_width"] * ridge(y, -0.12, 0.22)
-        + 0.035 * smoothstep(0.15, 0.80, y)
+        + 0.015 * smoothstep(0.15, 0.80, y)
     )
     z = z + 0.36 * smoothstep(-0.25, -1.05, y) * (0.35 + 0.65 * smoothstep(-0.6, 0.5, z))
     y = y + 0.42 * smoothstep(0.35, -0.70, z) * smoothstep(-0.35, -1.05, y)
@@ -391,12 +391,12 @@ def eye_patches(k: Knobs, m: Measures, material: int) -> list[Patch]:
     patches = []
     for side in SIDES:
         # Towards the nose the ball widens to a cup, which closes the gap to the lids for oblique views.
-        cup = 1 + 0.28 * smoothstep(0.95, 1.35, torch.acos(z.clamp(-1, 1))) * smoothstep(0.5, 0.8, -side * x)
+        cup = smoothstep(0.88, 1.30, torch.acos(z.clamp(-1, 1))) * smoothstep(0.5, 0.8, -side * x)
         turn, tip = 0.42 * k["gaze_x"] - 0.03 * side, 0.30 * k["gaze_y"]
         gx, gz = torch.cos(turn) * x - torch.sin(turn) * z, torch.sin(turn) * x + torch.cos(turn) * z
         gy, gz = torch.cos(tip) * y - torch.sin(tip) * gz, torch.sin(tip) * y + torch.cos(tip) * gz
-        centre = torch.stack([side * m.eye_x, m.eye_y, m.eye_z], -1)
-        patches.append(Patch(material, direction * (m.eye_r * cup)[..., None] + centre, torch.stack([gx, gy, gz], -1), facing=1, side=side))
+        centre = surface(side * m.eye_x, m.eye_y, m.eye_z + 0.07 * cup)
+        patches.append(Patch(material, direction * (m.eye_r * (1 + 0.25 * cup))[..., None] + centre, torch.stack([gx, gy, gz], -1), facing=1, side=side))
     return patches
 
 
@@ -405,17 +405,31 @@ def parted(k: Knobs) -> Tensor:
     return torch.maximum(torch.maximum(k["jaw_open"], k["upper_lip_raise"]), 0.35 * k["nose_wrinkle"]) - 0.01
 
 
-def mouth_patches(k: Knobs, m: Measures, cavity: int, teeth: int, tongue: int) -> list[Patch]:
+def mouth_hollow(k: Knobs, m: Measures, head: Patch, material: int) -> Patch:
+    """The dark inside of the mouth: a bag which hangs on the very edges of the lips, so that it leaves no gap."""
+    assert head.split_row is not None
+    columns = head.points.shape[2]
+    middle = slice(columns // 4, columns - columns // 4)
+    low, high = head.points[:, head.split_row, middle], head.points[:, head.split_row + 1, middle]  # (B, W, 3)
+    t = (head.rest[:, head.split_row, middle, 0] / m.mouth_w[:, 0])[:, None]  # (B, 1, W)
+    v = torch.linspace(0, 1, 13, device=k.device).view(1, -1, 1)
+    gape = torch.sqrt((1 - t * t).clamp(min=0))
+    points = high[:, None] + (low - high)[:, None] * v[..., None]
+    bulge = 0.10 * gape * torch.sin(2 * math.pi * v)
+    deep = -0.40 * gape * torch.sqrt((4 * v * (1 - v)).clamp(min=0))
+    points = points + surface(0 * bulge, bulge, deep - 0.02 * smoothstep(0.97, 1.04, t.abs()))
+    inside = torch.where((t.abs() < 1.15) & (parted(k) > 0), 1.0, -1.0).expand(-1, 13, -1)
+    return Patch(material, points, surface(t + 0 * v, v + 0 * t, 0 * bulge).expand_as(points), inside)
+
+
+def mouth_patches(k: Knobs, m: Measures, head: Patch, cavity: int, teeth: int, tongue: int) -> list[Patch]:
     """What an open mouth shows: a dark hollow, two rows of teeth and the tongue."""
     if not bool((parted(k) > 0).any()):
         return []
     jaw = k["jaw_open"]
     line = m.mouth_y
-    u, v = square(20, 16, k.device, (-1, 1), (-1, 1))
     width = m.mouth_w * (1.15 + 0.3 * k["lip_stretch"] + 0.3 * k["smile"] - 0.3 * k["pucker"])
-    deep = 0.80 - 0.10 * u * u - 0.34 * (1 - u * u) * (1 - v * v) - 0.30 * jaw * (-v).clamp(min=0)
-    hollow = surface(u * width, line - 0.12 * jaw + v * (0.09 + 0.17 * jaw), deep)
-    patches = [Patch(cavity, hollow, surface(u, v, 0 * u).expand_as(hollow))]
+    patches = [mouth_hollow(k, m, head, cavity)]
     u, v = square(28, 8, k.device, (-1, 1), (0, 1))
     bow = 0.80 - 0.24 * u * u + 0.02 * torch.sin(v * 3)
     bite = 0.045 - 0.088 * v + 0.02 * u * u

@@ -2,76 +2,68 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from facegen.world.fields import Knobs
-from facegen.world.geometry import Measures, lip_line, shape, skull
+from facegen.world.fields import Knobs, power
+from facegen.world.geometry import SIDES, Measures, lip_line, shape, skull
 from facegen.world.raster import pose, project
 
 JAW = 17
 
 
-def _grid_of(values: list[Tensor]) -> Tensor:
-    return torch.cat([value.view(-1, 1) for value in values], 1)
+BROW_PLACES = (1.0, 0.75, 0.5, 0.25, 0.02)
+LID_PLACES = ((-1.0, 0), (-0.38, 1), (0.38, 1), (1.0, 0), (0.38, -1), (-0.38, -1))
+OUTER_LIPS = (-1.0, -0.6, -0.25, 0.0, 0.25, 0.6, 1.0)
+INNER_LIPS = (-0.95, -0.3, 0.0, 0.3, 0.95)
 
 
-def _targets(m: Measures) -> tuple[Tensor, Tensor, Tensor]:
-    """Rest coordinates (B, 51) of the iBUG points 17 to 67, and whether they belong to the lower lip."""
-    flat = lambda t: t.reshape(-1)  # noqa: E731
-    zero = torch.zeros_like(flat(m.eye_x))
-    xs: list[Tensor] = []
-    ys: list[Tensor] = []
-    low: list[float] = []
-
-    def add(x: Tensor, y: Tensor, lower: float = 0.0) -> None:
-        xs.append(flat(x + 0 * zero.view_as(m.eye_x)))
-        ys.append(flat(y + 0 * zero.view_as(m.eye_x)))
-        low.append(lower)
-
-    for side in (-1, 1):
-        places = (1.0, 0.75, 0.5, 0.25, 0.02)
-        for t in places if side < 0 else places[::-1]:
-            t_ = torch.full_like(m.eye_x, t)
-            x = side * (0.100 + 0.3 * (m.eye_x - 0.340) + 0.400 * t_)
-            add(x, m.brow_y + 0.040 * torch.sin(t_ * 2.4) - 0.045 * t_)
-    for t in (0.0, 0.34, 0.67, 1.0):
-        top = m.eye_y - 0.02
-        add(0 * m.eye_x, top + (m.nose_y + 0.01 - top) * t)
-    for t in (-1.0, -0.5, 0.0, 0.5, 1.0):
-        add(t * (m.nose_w - 0.005), m.nose_y - 0.075 - 0.020 * (1 - abs(t)) + 0 * m.nose_w)
-    for side in (-1, 1):
-        corners = ((-1.0, 0), (-0.38, 1), (0.38, 1), (1.0, 0), (0.38, -1), (-0.38, -1))
-        for u, lid in corners:
-            u_ = u * side
-            height = m.lid_tilt * u_
-            if lid > 0:
-                height = height + m.lid_up * (1 - abs(u) ** 2.4) * (1 - 0.12 * u_)
-            if lid < 0:
-                height = height - m.lid_low * (1 - u * u) * (1 + 0.22 * u_)
-            add(side * m.eye_x + u * m.lid_width, m.eye_y + height)
-    _add_mouth(m, add)
-    return torch.stack(xs, 1), torch.stack(ys, 1), torch.tensor(low, device=zero.device).view(1, -1)
+def _columns(values: Sequence[float], like: Tensor) -> Tensor:
+    return torch.tensor(values, device=like.device).view(1, 1, -1)
 
 
-def _add_mouth(m: Measures, add) -> None:  # type: ignore[no-untyped-def]
-    def lip(t: float, offset: Tensor, lower: float) -> None:
-        x = t * m.mouth_w
-        add(x, lip_line(m, x) + offset * (1 - t * t) ** 0.5, lower)
+def _targets(k: Knobs, m: Measures) -> tuple[Tensor, Tensor, Tensor]:
+    """Rest coordinates x, y (B, 1, 51) of the iBUG points 17 to 67, and 1 for those on the lower lip."""
+    brows, eyes = [], []
+    for side in SIDES:
+        t = _columns(BROW_PLACES if side < 0 else BROW_PLACES[::-1], m.eye_x)
+        brow_x = side * (0.100 + 0.3 * (m.eye_x - 0.340) + 0.400 * t)
+        brows.append((brow_x, m.brow_y + 0.040 * torch.sin(t * 2.4) - 0.045 * t))
+        across = _columns([u for u, _ in LID_PLACES], m.eye_x)
+        lid = _columns([float(up) for _, up in LID_PLACES], m.eye_x)
+        eyes.append((side * m.eye_x + across * m.lid_width, _lid_height(k, m, across * side, lid, side)))
+    t = _columns((0.0, 0.34, 0.67, 1.0), m.eye_x)
+    top = m.eye_y - 0.02
+    bridge = (0 * t + 0 * top, top + (m.nose_y + 0.01 - top) * t)
+    t = _columns((-1.0, -0.5, 0.0, 0.5, 1.0), m.eye_x)
+    base = (t * (m.nose_w - 0.005), m.nose_y - 0.075 - 0.020 * (1 - t.abs()) + 0 * t)
+    lips = [_lip(m, OUTER_LIPS, m.lip_up), _lip(m, OUTER_LIPS[-2:0:-1], -m.lip_low)]
+    lips += [_lip(m, INNER_LIPS, 0 * m.lip_up), _lip(m, INNER_LIPS[-2:0:-1], 0 * m.lip_up)]
+    parts = [*brows, bridge, base, *eyes, *lips]
+    lower = [0.0] * 38 + [1.0] * 5 + [0.0] * 5 + [1.0] * 3
+    return torch.cat([x for x, _ in parts], -1), torch.cat([y for _, y in parts], -1), _columns(lower, m.eye_x)
 
-    none = 0 * m.lip_up
-    for t in (-1.0, -0.6, -0.25, 0.0, 0.25, 0.6, 1.0):
-        lip(t, m.lip_up * (0.8 if t == 0 else 1.0), 0.0)
-    for t in (0.6, 0.25, 0.0, -0.25, -0.6):
-        lip(t, -m.lip_low, 1.0)
-    for t in (-0.95, -0.3, 0.0, 0.3, 0.95):
-        lip(t, none, 0.0)
-    for t in (0.3, 0.0, -0.3):
-        lip(t, none, 1.0)
+
+def _lid_height(k: Knobs, m: Measures, u: Tensor, lid: Tensor, side: int) -> Tensor:
+    """Height of the lid edges at eye coordinate u; ``lid`` is 1 for the upper lid, -1 for the lower, 0 in the corners."""
+    closed = k["eye_close_left" if side < 0 else "eye_close_right"]
+    reach = u.abs()
+    low = -m.lid_low * (1 - reach * reach) * (1 + 0.22 * u)
+    high = m.lid_up * (1 - power(reach, 2.4)) * (1 - 0.12 * u)
+    high = high + (low - 0.004 - high) * closed
+    return m.eye_y + m.lid_tilt * u + high * (lid > 0) + low * (lid < 0)
+
+
+def _lip(m: Measures, places: Sequence[float], offset: Tensor) -> tuple[Tensor, Tensor]:
+    t = _columns(places, m.mouth_w)
+    x = t * m.mouth_w
+    return x, lip_line(m, x) + offset * torch.sqrt(1 - t * t)
 
 
 def _on_skull(k: Knobs, x: Tensor, y: Tensor, grid: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    """The depth of the skull at rest coordinates (B, P): the mean of the nearest four vertices in front, by distance."""
+    """The depth (B, P) of the skull at rest coordinates (B, P): the mean of the nearest four vertices in front, by distance."""
     gx, gy, gz = (axis.reshape(k.count, -1) for axis in grid)
     away = (x[..., None] - gx[:, None]) ** 2 + (y[..., None] - gy[:, None]) ** 2 + 4.0 * (gz[:, None] < 0.0).float()
     near, index = away.topk(4, -1, largest=False)
@@ -86,10 +78,10 @@ def landmarks68(k: Knobs, m: Measures, grid: tuple[Tensor, Tensor, Tensor], size
     longitude = (1.42 * angle).view(1, 1, -1)
     latitude = (-0.02 - 1.02 * (1 - angle.abs() ** 1.7)).view(1, 1, -1)
     jx, jy, jz = skull(k, m, longitude, latitude)
-    x, y, lower = _targets(m)
-    z = _on_skull(k, x, y, (grid[0][:, ::2, ::2], grid[1][:, ::2, ::2], grid[2][:, ::2, ::2]))
-    rest = tuple(torch.cat([a[:, 0], b], 1)[:, None] for a, b in ((jx, x), (jy, y), (jz, z)))
-    lower = torch.cat([(jy[:, 0] < m.mouth_y[:, 0]).float(), lower.expand(k.count, -1)], 1)[:, None]
+    x, y, lower = _targets(k, m)
+    z = _on_skull(k, x[:, 0], y[:, 0], (grid[0][:, ::2, ::2], grid[1][:, ::2, ::2], grid[2][:, ::2, ::2]))
+    rest = tuple(torch.cat([a, b], -1) for a, b in ((jx, x), (jy, y), (jz, z[:, None])))
+    lower = torch.cat([(jy < m.mouth_y).float(), lower.expand(k.count, -1, -1)], -1)
     points = shape(k, m, (rest[0], rest[1], rest[2]), lower)  # (B, 1, 68, 3)
     px, py = project(k, pose(k, points, 0)[:, 0], size)
     return torch.stack([px, py], -1)

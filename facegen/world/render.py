@@ -80,7 +80,7 @@ def _patches(k: Knobs, m: Measures, size: int) -> list[Patch]:
     coarse = (108, 72) if size <= 192 else (180, 120)
     patches = [head_patch(k, m, Material.SKIN, columns, rows), neck_patch(k, m, Material.NECK), torso_patch(k)]
     patches += eye_patches(k, m, Material.EYE) + ear_patches(k, m, Material.EAR, covers_ears(k))
-    patches += mouth_patches(k, m, Material.CAVITY, Material.TEETH, Material.TONGUE)
+    patches += mouth_patches(k, m, patches[0], Material.CAVITY, Material.TEETH, Material.TONGUE)
     patches += hair_patches(k, m, *coarse) + collar_patches(k)
     if k.any("hat"):
         patches += hat_patches(k, m, *coarse)
@@ -106,10 +106,10 @@ def _render(scenes: Scenes, size: int, supersample: int) -> Rendering:
     color = backdrop(k, size).repeat_interleave(supersample, 1).repeat_interleave(supersample, 2).reshape(-1, 3)
     color[seen.pixel] = illuminate(k, light, seen, look, lit, dark)
     label = _scatter(seen, look.label[:, None], k.count, wide, 0.0)
-    if k.any("glasses"):
-        color, label = _lenses(k, m, color, label, depth, wide)
     normal = torch.tensor([0.0, 0.0, 1.0], device=k.device).repeat(k.count * wide * wide, 1)
     normal[seen.pixel] = seen.normals
+    if k.any("glasses"):
+        _lay_lenses(k, m, Layers(color, label, depth, normal), wide)
     picture = tone(color).view(k.count, wide, wide, 3).permute(0, 3, 1, 2)
     rest = patches[0].rest.expand(k.count, -1, -1, -1)
     points = landmarks68(k, m, (rest[..., 0], rest[..., 1], rest[..., 2]), size)
@@ -133,23 +133,41 @@ def _scatter(seen: Fragments, values: Tensor, batch: int, size: int, empty: floa
     return picture
 
 
-def _lenses(k: Knobs, m: Measures, color: Tensor, label: Tensor, depth: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Lay the lenses over the picture: dark glass, or clear glass with a reflection."""
+@dataclass(frozen=True, eq=False)
+class Layers:
+    """Pictures (B * S * S, C) in the making: linear colour, class, depth towards the viewer, normal."""
+
+    color: Tensor
+    label: Tensor
+    depth: Tensor
+    normal: Tensor
+
+
+def _lay_lenses(k: Knobs, m: Measures, layers: Layers, size: int) -> None:
+    """Lay the lenses over the picture, in place: dark glass, or clear glass with a reflection."""
     lenses = [patch for patch in glasses_patches(k, m) if patch.material == Material.LENS]
     glass = rasterise(k, assemble(k, lenses), size)
-    front = glass.points[:, 2] >= depth[glass.pixel, 0] - 0.01
+    front = glass.points[:, 2] >= layers.depth[glass.pixel, 0] - 0.01
     q = k.at(glass.picture)
     dark = q.is_any("glasses", GLASSES.index("sunglasses")) + 0 * glass.points[:, 0]
-    u, v, _ = glass.rest.unbind(-1)
-    band = u * 0.55 + v
-    sweep = smoothstep(0.10, 0.16, band) * smoothstep(0.55, 0.49, band) + 0.6 * smoothstep(0.64, 0.68, band) * smoothstep(0.78, 0.74, band)
-    towards = torch.stack([-glass.points[:, 0], -glass.points[:, 1], CAMERA_DISTANCE - glass.points[:, 2]], -1)
-    grazing = 1 - (dot(glass.normals, towards) / torch.sqrt(dot(towards, towards))).clamp(0, 1)
-    shine = (0.10 * sweep + 0.35 * grazing * grazing * grazing) * (0.6 + 0.4 * q["key"])
+    shine = _reflection(glass) * (0.6 + 0.4 * q["key"])
     through = (0.94 - 0.885 * dark)[:, None] * (1 - dark[:, None] * (1 - glass.points.new_tensor([1.0, 0.92, 0.85])))
     sky = glass.points.new_tensor([0.78, 0.88, 1.0])
-    tinted = color[glass.pixel] * through + shine[:, None] * sky * (0.55 + 0.45 * dark[:, None])
-    color[glass.pixel] = torch.where(front[:, None], tinted, color[glass.pixel])
-    opaque = front & (dark > 0)
-    label[glass.pixel] = torch.where(opaque[:, None], float(CLASS["eye_g"]), label[glass.pixel])
-    return color, label
+    tinted = layers.color[glass.pixel] * through + shine[:, None] * sky * (0.55 + 0.45 * dark[:, None])
+    layers.color[glass.pixel] = torch.where(front[:, None], tinted, layers.color[glass.pixel])
+    opaque = (front & (dark > 0)).nonzero()[:, 0]
+    pixel = glass.pixel[opaque]
+    layers.label[pixel] = float(CLASS["eye_g"])
+    layers.depth[pixel] = glass.points[opaque, 2:3]
+    layers.normal[pixel] = glass.normals[opaque]
+
+
+def _reflection(glass: Fragments) -> Tensor:
+    """Two slanted streaks of a window, and more light towards grazing views (N,)."""
+    u, v, _ = glass.rest.unbind(-1)
+    band = u * 0.55 + v
+    wide = smoothstep(0.10, 0.16, band) * smoothstep(0.55, 0.49, band)
+    thin = smoothstep(0.64, 0.68, band) * smoothstep(0.78, 0.74, band)
+    towards = torch.stack([-glass.points[:, 0], -glass.points[:, 1], CAMERA_DISTANCE - glass.points[:, 2]], -1)
+    grazing = 1 - (dot(glass.normals, towards) / torch.sqrt(dot(towards, towards))).clamp(0, 1)
+    return 0.10 * (wide + 0.6 * thin) + 0.35 * grazing * grazing * grazing

@@ -151,10 +151,10 @@ def _complexion(k: Knobs, m: Measures, color: Tensor, x: Tensor, y: Tensor, fron
     speckle = smoothstep(0.60, 0.76, noise(1.1 * x, 1.1 * y, 0))
     spread = (bump(ax, y, (0.33, -0.18), (0.30, 0.17)) + bump(x, y, (0.0, -0.10), (0.25, 0.15))).clamp(0, 1)
     color = tint(color, ((k["freckles"] - 0.65) / 0.20).clamp(0, 1) * speckle * (1.2 * spread).clamp(max=1) * front, (0.62, 0.45, 0.36))
-    spots = smoothstep(0.72, 0.80, noise(0.7 * x + 0.4, 0.7 * y, 1)) * ((k["age"] - 0.55) / 0.45).clamp(0, 1)
+    spots = smoothstep(0.76, 0.90, noise(0.9 * x + 0.4, 0.9 * y, 1)) * ((k["age"] - 0.55) / 0.45).clamp(0, 1)
     color = tint(color, 0.5 * spots * front, (0.74, 0.62, 0.55))
     has_mole = ((k["mole"] - 0.68) / 0.06).clamp(0, 1)
-    mole = smoothstep(0.026, 0.017, torch.sqrt((x - 0.42 * k["mole_x"]) ** 2 + (y + 0.42 - 0.30 * k["mole_y"]) ** 2))
+    mole = smoothstep(0.030, 0.020, torch.sqrt((x - 0.42 * k["mole_x"]) ** 2 + (y + 0.42 - 0.30 * k["mole_y"]) ** 2))
     return tint(color, has_mole * mole * front, (0.22, 0.15, 0.13))
 
 
@@ -495,7 +495,7 @@ def _shadow_map(mesh: Mesh, light: Light) -> Tensor:
     filled = -F.max_pool2d(-nearest.view(batch, 1, size, size), 3, 1, 1)
     closed = F.max_pool2d(filled, 3, 1, 1)
     soft = torch.exp(SHADOW_SHARPNESS * closed.clamp(-3, 3))
-    for _ in range(2):
+    for _ in range(3):
         soft = F.avg_pool2d(soft, 3, 1, 1, count_include_pad=False)
     return soft.view(-1)
 
