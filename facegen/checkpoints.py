@@ -90,12 +90,18 @@ def section(tensors: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def load_into(module: nn.Module, tensors: Mapping[str, Tensor], *, path: Path, prefix: str = "") -> None:
-    """Strict load; CheckpointBroken names the first keys that are missing, unknown or of another shape."""
+    """Strict load in the module's precision; CheckpointBroken as in `check`."""
     own = module.state_dict()
+    check(own, tensors, path=path, prefix=prefix)
+    module.load_state_dict({key: value.to(own[key].dtype) for key, value in tensors.items()})
+
+
+def check(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], *, path: Path, prefix: str = "") -> None:
+    """CheckpointBroken names the first tensors that are missing, unknown or of another shape than in `own`."""
     missing = [prefix + key for key in own if key not in tensors]
-    unknown = [prefix + key for key in tensors if key not in own]
     if missing:
         raise CheckpointBroken(f"{path} lacks {_some(missing)}; fetch the file again.")
+    unknown = [prefix + key for key in tensors if key not in own]
     if unknown:
         raise CheckpointBroken(f"{path} holds keys that do not belong there: {_some(unknown)}.")
     wrong = [
@@ -105,7 +111,6 @@ def load_into(module: nn.Module, tensors: Mapping[str, Tensor], *, path: Path, p
     ]
     if wrong:
         raise CheckpointBroken(f"{path} holds weights of sizes that do not fit one another: {_some(wrong)}.")
-    module.load_state_dict({key: value.to(own[key].dtype) for key, value in tensors.items()})
 
 
 def require(keys: Mapping[str, Any], *names: str, path: Path) -> None:
@@ -170,6 +175,18 @@ def atomic(path: Path) -> Iterator[Path]:
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def cast(nested: Nested, dtype: torch.dtype | None) -> dict[str, Any]:
+    """Floating-point tensors in another precision; None leaves them as they are."""
+    return {
+        key: cast(value, dtype)
+        if isinstance(value, Mapping)
+        else value.to(dtype)
+        if dtype is not None and value.is_floating_point()
+        else value
+        for key, value in nested.items()
+    }
 
 
 def _umask() -> int:

@@ -113,7 +113,8 @@ class Resampler(_Reader):
 
     def __init__(self, sizes: PerceiverSizes, queries: int) -> None:
         super().__init__(sizes)
-        self.latents = nn.Parameter(torch.randn(1, queries, sizes.dim) / sizes.dim**0.5)
+        self.latents = nn.Parameter(torch.empty(1, queries, sizes.dim))
+        nn.init.normal_(self.latents, std=sizes.dim**-0.5)
 
     @classmethod
     def from_shapes(cls, shapes: Shapes) -> Resampler:

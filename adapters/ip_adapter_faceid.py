@@ -1,0 +1,333 @@
+"""IP-Adapter-FaceID: a face embedding as tokens in a decoupled attention, most variants with LoRA on every layer.
+
+| variant | embedding | tokens | besides |
+|---|---|---|---|
+| faceid | unit | 4 | LoRA |
+| plus, plusv2 | unit | 4, read from CLIP's view of the aligned face | LoRA |
+| portrait | unit, several photos side by side | 16 per photo | |
+| unnorm | RAW | 16, from a resampler | |
+
+Source: github tencent-ailab/IP-Adapter, hub h94/IP-Adapter-FaceID (non-commercial).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from facegen import checkpoints
+from facegen.adapter import (
+    Adapter,
+    AdapterRequest,
+    FaceLike,
+    SeenFace,
+    fused,
+    halves,
+    ready,
+    refuse,
+    stacked,
+    trainable,
+    unit,
+    with_zeros,
+)
+from facegen.checkpoints import SAFE, Shapes, Tensors, base_name, section
+from facegen.conditions import Condition, TokenCondition
+from facegen.errors import CheckpointBroken, WrongAdapter, WrongRequest
+from facegen.models.projections import FacePlusProjection, FaceProjection, ProjectionSizes
+from facegen.models.resampler import PerceiverSizes, Resampler
+from facegen.models.streams import Streams, dtype_of, initialise
+
+if TYPE_CHECKING:
+    from transformers import CLIPVisionModelWithProjection
+
+    from facegen.models.base import Model
+
+Variant = Literal["faceid", "plus", "plusv2", "portrait", "unnorm"]
+Projector = FaceProjection | FacePlusProjection | Resampler
+
+IMAGE_ENCODER = "image_encoder"
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True, eq=False)
+class ClipView:
+    """CLIP's picture encoder and how the aligned face is handed to it.
+
+    bgr: with the channels swapped, as the official sample code does (it passes OpenCV's crop on as it is); the adapters
+    were published and are used that way.
+    """
+
+    encoder: CLIPVisionModelWithProjection
+    bgr: bool = True
+
+    @property
+    def size(self) -> int:
+        """Side of the pictures it takes, in pixels."""
+        return int(self.encoder.config.image_size)
+
+    @property
+    def width(self) -> int:
+        """Width of its patch tokens."""
+        return int(self.encoder.config.hidden_size)
+
+    def pixels(self, crop: np.ndarray) -> Tensor:
+        """Aligned face (S, S, 3) uint8 RGB -> (1, 3, S, S), as `AdapterRequest.clip` takes it."""
+        if self.bgr:
+            crop = crop[..., ::-1]
+        scaled = torch.from_numpy(np.ascontiguousarray(crop)).float() / 255
+        return ((scaled - torch.tensor(CLIP_MEAN)) / torch.tensor(CLIP_STD)).permute(2, 0, 1)[None]
+
+    def features(self, pixels: Tensor) -> Tensor:
+        """(B, 3, S, S) -> (B, 1 + patches, width), of the last layer but one."""
+        out = self.encoder(pixels.to(*dtype_of(self.encoder)), output_hidden_states=True)
+        features: Tensor = out.hidden_states[-2]
+        return features
+
+
+class IPAdapterFaceID(Adapter):
+    """See the module's text."""
+
+    name = "ip_adapter_faceid"
+    title = "IP-Adapter-FaceID"
+    pack = "buffalo_l"
+    needs = frozenset({"face"})
+    strength = 1.0
+
+    def __init__(self, variant: Variant, projector: Projector, streams: Streams, clip: ClipView | None = None) -> None:
+        self.variant = variant
+        self.projector = projector
+        self.streams = streams
+        self.clip = clip
+        if clip is not None:
+            self.needs = frozenset({"face", "points", "photo"})
+
+    # --- files ----------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def detect(cls, shapes: Shapes, file_name: str) -> bool:
+        mlp = "image_proj.proj.0.weight" in shapes and "image_proj.proj.3.weight" not in shapes
+        unnorm = "image_proj.latents" in shapes and "faceid" in file_name
+        return mlp or unnorm or any("_lora." in key and key.startswith("ip_adapter.") for key in shapes)
+
+    @classmethod
+    def sizes(cls, shapes: Shapes, file_name: str) -> Mapping[str, int | str]:
+        variant = variant_of(shapes, file_name)
+        found: dict[str, int | str] = {"variant": variant}
+        if variant == "unnorm":
+            found["tokens"] = shapes["image_proj.latents"][1]
+            found["embedding"] = shapes["image_proj.proj_in.weight"][1]
+            width = shapes["image_proj.proj_out.weight"][0]
+        else:
+            sizes = ProjectionSizes.from_shapes(section(shapes, "image_proj"))
+            found |= {"tokens": sizes.tokens, "embedding": sizes.embedding}
+            width = sizes.output
+        rank = next((s[0] for key, s in shapes.items() if key.endswith("_lora.down.weight")), 0)
+        return {**found, "LoRA rank": rank, "base": base_name(width), "token width": width}
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, model: Model) -> IPAdapterFaceID:
+        """From one file, or a folder with one; the Plus variants also need `image_encoder/` beside it.
+
+        The companions `…_lora.safetensors` repeat what the file holds and are not read.
+        """
+        path = Path(source).expanduser()
+        file = cls.find(path) if path.is_dir() else path
+        if file is None or not cls.detect(checkpoints.shapes(file), file.name):
+            raise refuse(path, "an IP-Adapter-FaceID file")
+        tensors = checkpoints.read(file)
+        shapes = {key: tuple(value.shape) for key, value in tensors.items()}
+        variant = variant_of(shapes, file.name)
+        streams = Streams.from_tensors(section(tensors, "ip_adapter"), model, file, section="ip_adapter")
+        projector = _projector(variant, section(tensors, "image_proj"), file)
+        clip = None
+        if isinstance(projector, FacePlusProjection):
+            clip = ClipView(_load_clip(file.parent))
+            wanted = projector.perceiver_resampler.sizes.context
+            if clip.width != wanted:
+                raise WrongAdapter(
+                    f"{file} reads CLIP tokens {wanted} wide, the image encoder beside it gives {clip.width};"
+                    f" put the right one into {file.parent / IMAGE_ENCODER}."
+                )
+        adapter = cls(variant, projector, streams, clip)
+        ready(adapter.modules(), model)
+        if clip is not None:
+            ready(clip.encoder, model)
+        return adapter
+
+    @classmethod
+    def fresh(
+        cls,
+        model: Model,
+        embedding_dim: int,
+        *,
+        variant: Variant = "faceid",
+        projector: Projector | None = None,
+        clip: ClipView | None = None,
+        rank: int = 128,
+        seed: int = 0,
+    ) -> IPAdapterFaceID:
+        """To be trained, in float32; projector: None for the official sizes.
+
+        Keys and values start as the text's, the LoRA (rank 0: none; the official portrait and unnorm variants have
+        none) changes nothing at first.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        projector = projector or _official_projector(variant, embedding_dim, model.text_width, clip)
+        initialise(projector, generator)
+        if isinstance(projector, Resampler):
+            nn.init.normal_(projector.latents, std=projector.sizes.dim**-0.5, generator=generator)
+        rank = 0 if variant in ("portrait", "unnorm") else rank
+        adapter = cls(variant, projector, Streams.fresh(model, rank=rank, generator=generator), clip)
+        if adapter.embedding_dim != embedding_dim:
+            raise WrongRequest(f"The projector reads {adapter.embedding_dim} numbers, not {embedding_dim}.")
+        trainable(adapter.modules(), model)
+        return adapter
+
+    def save(self, folder: Path, *, dtype: torch.dtype | None = None, safe: bool = False) -> Path:
+        """`ip-adapter-faceid…_{sd15,sdxl}.bin`, the official name, for it alone tells Plus from PlusV2."""
+        stem = {"plus": "faceid-plus", "plusv2": "faceid-plusv2", "portrait": "faceid-portrait"}.get(
+            self.variant, "faceid"
+        )
+        base = "sdxl" if self.streams.token_width == 2048 else "sd15"
+        name = f"ip-adapter-{stem}_{base}" if self.variant != "unnorm" else f"ip-adapter-faceid-portrait_{base}_unnorm"
+        nested = {"image_proj": self.projector.state_dict(), "ip_adapter": self.streams.tensors()}
+        return checkpoints.write(folder / f"{name}{SAFE if safe else '.bin'}", checkpoints.cast(nested, dtype))
+
+    # --- work -----------------------------------------------------------------------------------------------------
+
+    @property
+    def embedding_dim(self) -> int:
+        return self.projector.input_dim if isinstance(self.projector, Resampler) else self.projector.sizes.embedding
+
+    def modules(self) -> nn.Module:
+        return nn.ModuleDict({"image_proj": self.projector, "ip_adapter": self.streams})
+
+    def tokens(self, embeddings: Tensor, request: AdapterRequest | None = None) -> Tensor:
+        """RAW embeddings (B, D) or (B, n, D) -> Pair (2, B, N, width); N = n · tokens, but tokens alone for unnorm."""
+        request = request or AdapterRequest()
+        self.check_embeddings(embeddings)
+        inputs = embeddings if embeddings.ndim == 3 else embeddings[:, None]  # (B, n, D)
+        if self.variant != "unnorm":
+            inputs = unit(inputs)
+        inputs = with_zeros(inputs.to(*dtype_of(self.projector)), request.guidance)
+        if not isinstance(self.projector, FacePlusProjection):
+            return halves(self.projector(inputs), request.guidance)
+        assert self.clip is not None, "Plus variants are made with a CLIP encoder"
+        if request.clip is None:
+            raise WrongRequest("IP-Adapter-FaceID-Plus needs the photo of the face, not its embedding alone.")
+        # Zeros after CLIP's normalisation: the unconditional half sees a grey picture, not a black one.
+        pixels = with_zeros(request.clip, request.guidance)
+        features = self.clip.features(pixels)
+        if features.shape[0] != inputs.shape[0]:
+            features = _expand(features, inputs.shape[0], request.guidance)
+        tokens = self.projector(inputs, features, shortcut=self.variant == "plusv2", structure=request.structure)
+        return halves(tokens, request.guidance)
+
+    def conditions_from_embeddings(
+        self, embeddings: Tensor, model: Model, request: AdapterRequest | None = None
+    ) -> list[Condition]:
+        """See Adapter; the Plus variants need `request.clip`."""
+        request = request or AdapterRequest()
+        return [
+            TokenCondition(
+                tokens=self.tokens(embeddings, request),
+                layers=self.streams.layers,
+                lora=self.streams.lora,
+                scale=self.strength if request.scale is None else request.scale,
+                span=request.span,
+                mask=request.mask,
+            )
+        ]
+
+    def gather(self, faces: Sequence[FaceLike]) -> Tensor:
+        """Portrait takes the photos side by side, (1, n, D); the others fuse them, (1, D)."""
+        return stacked(faces) if self.variant == "portrait" else fused(faces)
+
+    def complete(self, faces: Sequence[FaceLike], request: AdapterRequest) -> AdapterRequest:
+        """For the Plus variants: CLIP's pixels of the first photo's face, aligned to 224."""
+        if self.clip is None or request.clip is not None:
+            return request
+        from facegen.face.align import norm_crop
+
+        face = cast(SeenFace, faces[0])
+        if not hasattr(face, "points") or not hasattr(face, "image"):
+            raise WrongRequest("IP-Adapter-FaceID-Plus looks at the photo; give one, not an embedding alone.")
+        crop = np.asarray(norm_crop(face.image, face.points, self.clip.size))
+        return replace(request, clip=self.clip.pixels(crop))
+
+
+def variant_of(shapes: Shapes, file_name: str) -> Variant:
+    """From the keys; only the name tells PlusV2 from Plus."""
+    if "image_proj.latents" in shapes:
+        return "unnorm"
+    if any(key.startswith("image_proj.perceiver_resampler.") for key in shapes):
+        return "plusv2" if "plusv2" in file_name.lower() else "plus"
+    return "faceid" if any("_lora." in key for key in shapes) else "portrait"
+
+
+def _projector(variant: Variant, tensors: Tensors, file: Path) -> Projector:
+    shapes = {key: tuple(value.shape) for key, value in tensors.items()}
+    reader = ("proj_in.weight", "proj_out.weight", "layers.0.0.to_q.weight")
+    projector: Projector
+    if variant == "unnorm":
+        checkpoints.require(shapes, "latents", *reader, path=file)
+        projector = Resampler.from_shapes(shapes)
+    else:
+        checkpoints.require(shapes, "proj.0.weight", "proj.2.weight", "norm.weight", path=file)
+        if variant in ("plus", "plusv2"):
+            checkpoints.require(section(shapes, "perceiver_resampler"), *reader, path=file)
+            projector = FacePlusProjection.from_shapes(shapes)
+        else:
+            projector = FaceProjection.from_shapes(shapes)
+    checkpoints.load_into(projector, tensors, path=file, prefix="image_proj.")
+    return projector
+
+
+def _official_projector(variant: Variant, embedding_dim: int, width: int, clip: ClipView | None) -> Projector:
+    if variant == "unnorm":
+        return Resampler(PerceiverSizes(embedding_dim, 1280, width, depth=4, heads=20), queries=16)
+    sizes = ProjectionSizes(embedding_dim, 1024, 16 if variant == "portrait" else 4, width)
+    if variant not in ("plus", "plusv2"):
+        return FaceProjection(sizes)
+    if clip is None:
+        raise WrongRequest(f"The variant {variant!r} reads CLIP; give its encoder as clip.")
+    return FacePlusProjection(sizes, PerceiverSizes(clip.width, width, width, depth=4, heads=max(width // 64, 1)))
+
+
+def _expand(features: Tensor, rows: int, guidance: bool) -> Tensor:
+    """One photo's features (with the zero row before them when there is one) for several embeddings."""
+    if not guidance:
+        return features.expand(rows, -1, -1)
+    return torch.cat([features[:1], features[1:].expand(rows - 1, -1, -1)])
+
+
+def _load_clip(folder: Path) -> CLIPVisionModelWithProjection:
+    from transformers import CLIPVisionModelWithProjection
+
+    places = [folder / IMAGE_ENCODER, folder.parent / IMAGE_ENCODER]
+    place = next((one for one in places if (one / "config.json").is_file()), None)
+    if place is None:
+        from facegen.hub import resolve
+
+        place = Path(resolve("clip-vit-h"))
+    try:
+        # transformers maps old key names by class name: the class itself, not one of ours.
+        encoder, report = cast(
+            Any,
+            CLIPVisionModelWithProjection.from_pretrained(str(place), local_files_only=True, output_loading_info=True),
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointBroken(
+            f"The image encoder in {place} cannot be loaded: {str(error).splitlines()[0]}"
+        ) from error
+    lacking = [key for key in report["missing_keys"] if not key.endswith("position_ids")]
+    if lacking:
+        raise CheckpointBroken(f"The image encoder in {place} lacks {lacking[0]}; fetch it again.")
+    return cast("CLIPVisionModelWithProjection", encoder)

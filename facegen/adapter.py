@@ -1,0 +1,358 @@
+"""The contract of an adapter, and how adapters are found: one per file of the folder `facegen/adapters`, by listing it.
+
+An adapter turns faces into conditions, plain data for `denoise`. Inference and training walk the same path:
+`conditions` fuses the photos of one person and calls `conditions_from_embeddings`, which is differentiable.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from facegen import checkpoints
+from facegen.checkpoints import Shapes
+from facegen.conditions import Condition, Scale, Span
+from facegen.errors import CheckpointBroken, FacegenError, WeightsMissing, WrongAdapter, WrongRequest
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL import Image
+
+    from facegen.models.base import Model
+
+logger = logging.getLogger(__name__)
+
+
+class FaceLike(Protocol):
+    """What an adapter reads of a face: `facegen.face`'s Face and Fused have it, any other object may."""
+
+    @property
+    def embedding(self) -> np.ndarray:
+        """(D,) float32, as the recogniser gives it, not normalised."""
+        ...
+
+
+class SeenFace(FaceLike, Protocol):
+    """A face together with its photo."""
+
+    @property
+    def points(self) -> np.ndarray:
+        """(5, 2) eyes, nose, mouth corners in pixels of the photo, left to right in the picture."""
+        ...
+
+    @property
+    def image(self) -> Image.Image:
+        """The whole photo, RGB."""
+        ...
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class AdapterRequest:
+    """What a picture asks of an adapter besides the faces; an adapter reads what concerns it.
+
+    height, width: of the picture in pixels.
+    prompt, negative_prompt: one for all pictures or one each; read by adapters that write the prompt (`writes_prompt`).
+    scale, control_scale: strength, None for the adapter's own default; span, mask (1, H, W): as in a Condition.
+    points: (5, 2) keypoints in pixels of the picture to be made; None: where they are in the first photo.
+    structure: how much of the photo's look beyond the embedding is taken over (FaceID-PlusV2), 0 to about 2.
+    guidance: False where only the conditional half will run (training): the other half is then not computed.
+
+    The tensors below stand for what is otherwise read from the photos, so that training can give them:
+    control: (B, 3, H, W) in [0, 1], the drawn keypoints; clip: (B, 3, S, S) CLIP pixels of the aligned face.
+    """
+
+    height: int = 512
+    width: int = 512
+    prompt: str | Sequence[str] = ""
+    negative_prompt: str | Sequence[str] = ""
+    scale: Scale | None = None
+    control_scale: Scale | None = None
+    span: Span = (0.0, 1.0)
+    mask: Tensor | None = None
+    points: np.ndarray | None = None
+    structure: float = 1.0
+    guidance: bool = True
+    control: Tensor | None = None
+    clip: Tensor | None = None
+
+
+class Adapter(ABC):
+    """One way to make a picture of *you*: an encoder of faces and what it puts into the model.
+
+    name: the file's name, by which it is loaded; title: as people write it; pack: the face pack it was made for.
+    needs: "face" (an embedding), "points" and "photo" (a SeenFace). writes_prompt: its conditions hold the prompt.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    pack: ClassVar[str]
+    needs: frozenset[str]
+    writes_prompt: ClassVar[bool] = False
+
+    # --- files ----------------------------------------------------------------------------------------------------
+
+    @classmethod
+    @abstractmethod
+    def detect(cls, shapes: Shapes, file_name: str) -> bool:
+        """Whether a file with these tensors is of this family; the name decides only between files with equal keys."""
+
+    @classmethod
+    def sizes(cls, shapes: Shapes, file_name: str) -> Mapping[str, int | str]:
+        """What is worth telling of a file: "base", "variant", "tokens", "embedding" …, of those that are known."""
+        return {}
+
+    @classmethod
+    def find(cls, folder: Path) -> Path | None:
+        """The file (or sub-folder) in `folder` from which this family loads, None when there is none.
+
+        Raises WrongRequest when there are several.
+        """
+        found = [path for path in weight_files(folder) if cls.detect(checkpoints.shapes(path), path.name)]
+        if len(found) > 1:
+            names = ", ".join(path.name for path in found)
+            raise WrongRequest(f"{folder} holds several {cls.title} files ({names}); name one of them.")
+        return found[0] if found else None
+
+    @classmethod
+    @abstractmethod
+    def from_pretrained(cls, source: str | Path, model: Model) -> Adapter:
+        """From a folder or file in the official format, in the model's precision and on its device.
+
+        Raises WeightsMissing, CheckpointBroken, WrongAdapter (a file of another family), WrongBaseModel.
+        """
+
+    @abstractmethod
+    def save(self, folder: Path, *, dtype: torch.dtype | None = None, safe: bool = False) -> Path:
+        """Write the official file format and return what `from_pretrained` takes; OutputUnwritable.
+
+        dtype: of the file, None for that of the weights; safe: .safetensors with the same keys instead of a pickle.
+        """
+
+    # --- work -----------------------------------------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def embedding_dim(self) -> int:
+        """Length of the embeddings it was made for."""
+
+    @abstractmethod
+    def conditions_from_embeddings(
+        self, embeddings: Tensor, model: Model, request: AdapterRequest | None = None
+    ) -> list[Condition]:
+        """embeddings (B, D) or (B, n, D), RAW as the recogniser gives them; a zero row is "no person".
+
+        B is 1 or the number of pictures; n are several photos of one person, for adapters that take them apart.
+        Differentiable in the embeddings and in the weights of `modules()`.
+        """
+
+    @abstractmethod
+    def modules(self) -> nn.Module:
+        """Everything that training may train."""
+
+    def host(self, model: Model) -> Model:
+        """The model in which the conditions act: `model` itself, unless the adapter brings a UNet of its own."""
+        return model
+
+    def conditions(self, faces: Sequence[FaceLike], request: AdapterRequest, model: Model) -> list[Condition]:
+        """Several photos of ONE person; more people are more calls, each with its mask. Raises WrongRequest."""
+        if not faces:
+            raise WrongRequest(f"{self.title} needs at least one photo of a face.")
+        with torch.no_grad():
+            return self.conditions_from_embeddings(self.gather(faces), model, self.complete(faces, request))
+
+    def gather(self, faces: Sequence[FaceLike]) -> Tensor:
+        """Faces of one person -> embeddings (1, D) or (1, n, D); here fused into one."""
+        return fused(faces)
+
+    def complete(self, faces: Sequence[FaceLike], request: AdapterRequest) -> AdapterRequest:
+        """The request with what must be read from the photos filled in."""
+        return request
+
+    def check_embeddings(self, embeddings: Tensor) -> None:
+        """WrongRequest unless they have the length this adapter was made for."""
+        if embeddings.shape[-1] != self.embedding_dim:
+            raise WrongRequest(
+                f"{self.title} was made for face embeddings of {self.embedding_dim} numbers, but the face pack gives"
+                f" {embeddings.shape[-1]}; choose the pack that belongs to the adapter."
+            )
+
+
+# --- faces ----------------------------------------------------------------------------------------------------------
+
+
+def stacked(faces: Sequence[FaceLike]) -> Tensor:
+    """(1, n, D), RAW."""
+    return torch.stack([torch.as_tensor(face.embedding, dtype=torch.float32) for face in faces])[None]
+
+
+def fused(faces: Sequence[FaceLike]) -> Tensor:
+    """(1, D), RAW-scaled: one embedding of several photos of a person."""
+    if len(faces) == 1:
+        return stacked(faces)[0]
+    from facegen.face.fuse import fuse
+
+    whole = fuse(faces)  # pyright: ignore[reportArgumentType]
+    if whole.warning:
+        logger.warning("%s", whole.warning)
+    return stacked([whole])[0]
+
+
+def unit(embeddings: Tensor) -> Tensor:
+    """L2-normalised in float32; zero rows stay zero."""
+    return nn.functional.normalize(embeddings.float(), dim=-1).to(embeddings.dtype)
+
+
+def with_zeros(embeddings: Tensor, guidance: bool) -> Tensor:
+    """[zeros (1, …) ; embeddings (B, …)]: what goes through a projector when both halves are wanted."""
+    return torch.cat([torch.zeros_like(embeddings[:1]), embeddings]) if guidance else embeddings
+
+
+def halves(tokens: Tensor, guidance: bool) -> Tensor:
+    """What came out for `with_zeros` -> Pair (2, B, …). Without guidance row 0 is never looked at."""
+    if not guidance:
+        return tokens.expand(2, *tokens.shape)
+    uncond, cond = tokens[:1], tokens[1:]
+    return torch.stack([uncond.expand_as(cond), cond])
+
+
+# --- modules --------------------------------------------------------------------------------------------------------
+
+
+def ready(module: nn.Module, model: Model) -> None:
+    """For inference: where the model is, in its precision, without gradients."""
+    module.to(model.device, model.dtype).requires_grad_(False).eval()
+
+
+def trainable(module: nn.Module, model: Model) -> None:
+    """For training: where the model is, in float32, with gradients."""
+    module.to(model.device, torch.float32).requires_grad_(True).train()
+
+
+# --- finding --------------------------------------------------------------------------------------------------------
+
+
+def find_adapters() -> dict[str, type[Adapter]]:
+    """Every adapter by name, from the files of `facegen/adapters`."""
+    import facegen.adapters as package
+
+    folder = Path(package.__file__ or "").parent
+    found = {}
+    for path in sorted(folder.glob("[!_]*.py")):
+        module = importlib.import_module(f"{package.__name__}.{path.stem}")
+        for _, kind in inspect.getmembers(module, inspect.isclass):
+            if issubclass(kind, Adapter) and kind.__module__ == module.__name__:
+                assert kind.name == path.stem, f"{kind} in {path.name} must be called {path.stem}"
+                found[path.stem] = kind
+    return found
+
+
+def load_adapter(source: str | Path, model: Model) -> Adapter:
+    """By name ("instantid"), by folder or by file; the family is detected from the keys.
+
+    A name is looked for beside the model (`adapters/<name>` beside the embedded base), then by the hub. Raises
+    WeightsMissing, WrongAdapter, CheckpointBroken, WrongBaseModel.
+    """
+    return load(source, model)[0]
+
+
+def load(source: str | Path, model: Model) -> tuple[Adapter, Path]:
+    """As `load_adapter`, and the path it was loaded from."""
+    path = Path(source).expanduser()
+    kind = None
+    if not path.exists():
+        name = str(source)
+        kind = find_adapters().get(name)
+        beside = None if model.source is None else model.source.parent / "adapters" / name
+        if beside is not None and beside.is_dir():
+            path = beside
+        else:
+            from facegen.hub import resolve
+
+            path = Path(resolve(name))
+    kind = kind or recognise(path)
+    return kind.from_pretrained(path, model), path
+
+
+def recognise(path: Path) -> type[Adapter]:
+    """The family of a file or folder; WrongAdapter says what it is instead."""
+    for kind in find_adapters().values():
+        if kind.find(path) if path.is_dir() else kind.detect(checkpoints.shapes(path), path.name):
+            return kind
+    raise refuse(path, "an adapter that facegen knows")
+
+
+def refuse(path: Path, wanted: str) -> FacegenError:
+    """The error for a path that does not hold `wanted`; it says what is there, where that is known."""
+    files = weight_files(path) if path.is_dir() else [path]
+    if not files:
+        return WeightsMissing(f"{path} holds no weights ({', '.join(checkpoints.SUFFIXES)}) of {wanted}.")
+    shapes = checkpoints.shapes(files[0])
+    for kind in find_adapters().values():
+        if kind.detect(shapes, files[0].name):
+            return WrongAdapter(f"{files[0]} is a file of {kind.title}, not {wanted}; load it as {kind.name!r}.")
+    return checkpoints.refuse(files[0], shapes, wanted)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Checkpoints directly in a folder, without the LoRA companions that only repeat what the adapter's file holds."""
+    files = sorted(path for path in folder.iterdir() if path.suffix in checkpoints.SUFFIXES and path.is_file())
+    return [path for path in files if not path.stem.endswith("_lora")]
+
+
+# --- telling --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Description:
+    """What is in a file or folder of weights.
+
+    family: the adapter's title or another kind of weights; base: the base model it was made for; sizes: variant,
+    tokens, widths, as far as known; tensors and parameters: how many.
+    """
+
+    path: Path
+    family: str
+    base: str
+    tensors: int
+    parameters: int
+    adapter: str | None = None
+    sizes: Mapping[str, int | str] = field(default_factory=dict)
+
+
+def describe(path: Path) -> Description:
+    """Tell what a file or folder is, without loading it; WeightsMissing or CheckpointBroken."""
+    kind = None
+    for candidate in find_adapters().values():
+        found = candidate.find(path) if path.is_dir() else path
+        if found is not None and (path.is_dir() or candidate.detect(checkpoints.shapes(path), path.name)):
+            kind, path = candidate, found
+            break
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.suffix in checkpoints.SUFFIXES)
+        if not files:
+            raise WeightsMissing(f"{path} holds no weights ({', '.join(checkpoints.SUFFIXES)}).")
+    else:
+        files = [path]
+    shapes = checkpoints.shapes(files[0])
+    try:
+        sizes = dict(kind.sizes(shapes, path.name)) if kind else {}
+    except KeyError as missing:
+        raise CheckpointBroken(f"{path} lacks {missing.args[0]}; fetch the file again.") from missing
+    return Description(
+        path=path,
+        family=kind.title if kind else checkpoints.foreign(shapes) or "unknown",
+        base=str(sizes.pop("base", "unknown")),
+        tensors=len(shapes),
+        parameters=sum(torch.Size(shape).numel() for shape in shapes.values()),
+        adapter=kind.name if kind else None,
+        sizes=sizes,
+    )
