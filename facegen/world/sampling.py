@@ -42,7 +42,7 @@ PICTURE_GROUPS: tuple[PictureGroup, ...] = ("expression", "pose", "attributes", 
 # Every group reads its own row of this many uniform numbers, so that one more draw at the end of a group
 # changes nothing that was drawn before it.
 _WIDTH = 96
-_STREAMS: Mapping[str, int] = {"identity": 1, "expression": 2, "pose": 3, "attributes": 4, "light": 5}
+_STREAMS: Mapping[str, int] = {"identity": 1, "expression": 2, "pose": 3, "attributes": 4, "light": 5, "caption": 6}
 
 
 # -- by generator ------------------------------------------------------------------------------------------------
@@ -136,6 +136,11 @@ def scene_for(seed: int, person: int, picture: int) -> Scenes:
     return scenes_for(seed, [person], [picture])
 
 
+def named_generator(seed: int, stream: str, person: int, picture: int) -> torch.Generator:
+    """The generator that belongs to one picture and one use: a group of parameters, or "caption"."""
+    return torch.Generator().manual_seed(_mix(seed, _STREAMS[stream], person, picture))
+
+
 # -- uniform numbers ---------------------------------------------------------------------------------------------
 
 
@@ -153,11 +158,7 @@ class _Draws:
 
     @classmethod
     def named(cls, seed: int, group: str, names: Sequence[tuple[int, int]]) -> _Draws:
-        generator = torch.Generator()
-        rows = []
-        for person, picture in names:
-            generator.manual_seed(_mix(seed, _STREAMS[group], person, picture))
-            rows.append(torch.rand(_WIDTH, generator=generator))
+        rows = [torch.rand(_WIDTH, generator=named_generator(seed, group, *name)) for name in names]
         return cls(torch.stack(rows) if rows else torch.empty(0, _WIDTH))
 
     def unit(self) -> Tensor:

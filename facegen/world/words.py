@@ -267,8 +267,13 @@ class _Reader:
                 self.wearing = True
             elif word in _BREAKS:
                 self._break(word)
+            elif word == "and" and self.wearing and self._next() in ("a", "an"):
+                self._leftover()  # "wearing orange and a hat"
             elif word == "and" and self.negated and "without" not in self.words:
                 self.negated = False
+
+    def _next(self) -> str:
+        return self.words[self.at] if self.at < len(self.words) else ""
 
     def _longest(self, table: Mapping[_Words, object]) -> _Words:
         for length in range(min(_LONGEST, len(self.words) - self.at), 0, -1):
@@ -323,7 +328,7 @@ class _Reader:
 
     def _after(self) -> None:
         """What "no" began goes on over "or" and, after "without", over "and"."""
-        following = self.words[self.at] if self.at < len(self.words) else ""
+        following = self._next()
         self.carried = self.negated and following in ("or", "nor", "and")
         self.negated = self.carried
         if following != "and":
@@ -343,11 +348,9 @@ class _Reader:
         return color
 
     def _break(self, word: str) -> None:
-        if word == ",":
-            # "long, red hair" goes on; "wearing red, smiling" does not.
-            following = self.words[self.at] if self.at < len(self.words) else ""
-            if self.pending and not self.wearing and following in _MODIFIERS:
-                return
+        # "long, red hair" goes on; "wearing red, smiling" does not.
+        if word == "," and self.pending and not self.wearing and self._next() in _MODIFIERS:
+            return
         self._leftover()
         self.negated = False
         self.wearing = False
