@@ -122,7 +122,11 @@ def head_angles(columns: int, rows: int, device: torch.device) -> tuple[Tensor, 
 
 @lru_cache(maxsize=64)
 def square(
-    columns: int, rows: int, device: torch.device, u: tuple[float, float] = (-1.0, 1.0), v: tuple[float, float] = (0.0, 1.0)
+    columns: int,
+    rows: int,
+    device: torch.device,
+    u: tuple[float, float] = (-1.0, 1.0),
+    v: tuple[float, float] = (0.0, 1.0),
 ) -> tuple[Tensor, Tensor]:
     """Two parameter grids (1, rows, columns)."""
     across = torch.linspace(u[0], u[1], columns, device=device).view(1, 1, -1).expand(1, rows, columns)
@@ -262,7 +266,9 @@ def moustache_field(m: Measures, x: Tensor, y: Tensor) -> Tensor:
     return grown * smoothstep(m.mouth_w * 1.30, m.mouth_w * 1.10, ax) * smoothstep(0.004, 0.016, ax + 0.012)
 
 
-def express(k: Knobs, m: Measures, rest: tuple[Tensor, Tensor, Tensor], z: Tensor, lower: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def express(
+    k: Knobs, m: Measures, rest: tuple[Tensor, Tensor, Tensor], z: Tensor, lower: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Move the surface by the facial actions; ``lower`` is 1 where a point belongs to the lower lip or the chin."""
     x0, y0, z0 = rest
     front = smoothstep(0.05, 0.45, z0)
@@ -277,7 +283,12 @@ def express(k: Knobs, m: Measures, rest: tuple[Tensor, Tensor, Tensor], z: Tenso
     x = x0 + side * corner * (0.085 * smile + 0.085 * k["lip_stretch"] + 0.02 * k["frown"])
     x = x - pucker * 0.44 * x0 * around + side * 0.070 * k["cheek_puff"] * puffed
     y = y0 + corner * (0.115 * smile - 0.100 * k["frown"] - 0.025 * k["lip_stretch"]) + 0.040 * raised * apple
-    z = z - 0.045 * (smile + 0.7 * k["lip_stretch"]) * corner + 0.055 * raised * apple + 0.130 * k["cheek_puff"] * puffed
+    z = (
+        z
+        - 0.045 * (smile + 0.7 * k["lip_stretch"]) * corner
+        + 0.055 * raised * apple
+        + 0.130 * k["cheek_puff"] * puffed
+    )
     z = z + pucker * (0.10 * around + 0.04 * bump(x0, y0, (0.0, m.mouth_y), (0.12, 0.10)) * front)
     z = z - 0.020 * k["lip_press"] * bump(x0, y0, (0.0, m.mouth_y), (m.mouth_w * 0.9, 0.09)) * front
     x, y, z = _move_brows(k, m, (x0, y0), (x, y, z), front)
@@ -294,7 +305,12 @@ def _move_brows(
     brow = bump(ax, y0, (m.eye_x * 0.95, m.brow_y + 0.02), (0.30, 0.13)) * front
     inner = bump(ax, y0, (0.13, m.brow_y), (0.12, 0.12)) * front
     lower = k["brow_lower"] + 0.5 * k["nose_wrinkle"]
-    y = y + 0.088 * k["brow_raise"] * brow + 0.075 * k["brow_inner_raise"] * inner - lower * (0.030 * brow + 0.060 * inner)
+    y = (
+        y
+        + 0.088 * k["brow_raise"] * brow
+        + 0.075 * k["brow_inner_raise"] * inner
+        - lower * (0.030 * brow + 0.060 * inner)
+    )
     x = x - side * (0.038 * k["brow_lower"] + 0.018 * k["brow_inner_raise"]) * inner
     z = z + 0.022 * lower * inner
     wing = bump(ax, y0, (m.nose_w * 0.9, m.nose_y + 0.03), (0.09, 0.11)) * front
@@ -305,7 +321,12 @@ def _move_brows(
 
 
 def _open_mouth(
-    k: Knobs, m: Measures, rest: tuple[Tensor, Tensor, Tensor], moved: tuple[Tensor, Tensor, Tensor], lower: Tensor, front: Tensor
+    k: Knobs,
+    m: Measures,
+    rest: tuple[Tensor, Tensor, Tensor],
+    moved: tuple[Tensor, Tensor, Tensor],
+    lower: Tensor,
+    front: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Raise the upper lip and turn the jaw about its hinge in front of the ears."""
     x0, y0, z0 = rest
@@ -314,7 +335,11 @@ def _open_mouth(
     gape = torch.sqrt((1 - t * t).clamp(min=0))
     raised = (k["upper_lip_raise"] + 0.35 * k["nose_wrinkle"]).clamp(max=1.2)
     up = smoothstep(-0.38, -0.54, y0) * (1 - lower) * bump(x0, y0, (0.0, m.mouth_y), (m.mouth_w * 0.9, 0.6)) * front
-    y = y + 0.062 * raised * up * gape - 0.018 * k["upper_lip_raise"] * lower * gape * ridge(y0, m.mouth_y, 0.12) * front
+    y = (
+        y
+        + 0.062 * raised * up * gape
+        - 0.018 * k["upper_lip_raise"] * lower * gape * ridge(y0, m.mouth_y, 0.12) * front
+    )
     chin = smoothstep(-0.15, -0.95, y0) * smoothstep(-0.1, 0.3, z0)
     at_lips = gape * smoothstep(m.mouth_y + 0.5, m.mouth_y + 0.1, y0)
     weight = chin + (lower * smoothstep(-0.1, 0.3, z0) - chin) * at_lips
@@ -396,7 +421,15 @@ def eye_patches(k: Knobs, m: Measures, material: int) -> list[Patch]:
         gx, gz = torch.cos(turn) * x - torch.sin(turn) * z, torch.sin(turn) * x + torch.cos(turn) * z
         gy, gz = torch.cos(tip) * y - torch.sin(tip) * gz, torch.sin(tip) * y + torch.cos(tip) * gz
         centre = surface(side * m.eye_x, m.eye_y, m.eye_z + 0.07 * cup)
-        patches.append(Patch(material, direction * (m.eye_r * (1 + 0.25 * cup))[..., None] + centre, torch.stack([gx, gy, gz], -1), facing=1, side=side))
+        patches.append(
+            Patch(
+                material,
+                direction * (m.eye_r * (1 + 0.25 * cup))[..., None] + centre,
+                torch.stack([gx, gy, gz], -1),
+                facing=1,
+                side=side,
+            )
+        )
     return patches
 
 
@@ -417,7 +450,7 @@ def mouth_hollow(k: Knobs, m: Measures, head: Patch, material: int) -> Patch:
     points = high[:, None] + (low - high)[:, None] * v[..., None]
     bulge = 0.10 * gape * torch.sin(2 * math.pi * v)
     deep = -0.40 * gape * torch.sqrt((4 * v * (1 - v)).clamp(min=0))
-    points = points + surface(0 * bulge, bulge, deep - 0.02 * smoothstep(0.97, 1.04, t.abs()))
+    points = points + surface(0 * bulge, bulge, deep - 0.02 * smoothstep(1.09, 1.14, t.abs()))
     inside = torch.where((t.abs() < 1.15) & (parted(k) > 0), 1.0, -1.0).expand(-1, 13, -1)
     return Patch(material, points, surface(t + 0 * v, v + 0 * t, 0 * bulge).expand_as(points), inside)
 
@@ -472,7 +505,7 @@ def neck_patch(k: Knobs, m: Measures, material: int) -> Patch:
     apple = 0.018 * (man + 1.0).clamp(0, 3) * bump(u, v, (0.0, 0.40), (0.14, 0.07))
     cords = 0.010 * (0.5 + k["age"]) * ridge(u.abs(), 0.42 - 0.25 * v, 0.10)
     reach = radius + apple + cords
-    points = surface(reach * torch.sin(u), -0.55 - 1.20 * v, reach * 0.95 * torch.cos(u) - 0.14 - 0.03 * v)
+    points = surface(reach * torch.sin(u), -0.55 - 1.08 * v, reach * 0.95 * torch.cos(u) - 0.14 - 0.10 * v * v)
     return Patch(material, points, surface(u, v, 0 * u).expand_as(points), follows=2, facing=-1)
 
 

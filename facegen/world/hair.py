@@ -102,7 +102,14 @@ def _cap(k: Knobs, m: Measures, columns: int, rows: int) -> Patch:
     thick = thick * (1 - 0.75 * _style(k, "bob", "bangs", "long straight", "long wavy") * smoothstep(0.50, 0.15, y))
     top = smoothstep(0.45, 1.0, y)
     quiff = _style(k, "quiff") * (0.14 + 0.20 * length) * (0.6 + 0.8 * volume) * top * smoothstep(-0.5, 0.6, z)
-    swoop = _style(k, "side part") * 0.12 * (0.5 + volume) * top * smoothstep(-0.5, 0.5, z) * smoothstep(-0.5, 0.4, -x * part.sign())
+    swoop = (
+        _style(k, "side part")
+        * 0.12
+        * (0.5 + volume)
+        * top
+        * smoothstep(-0.5, 0.5, z)
+        * smoothstep(-0.5, 0.4, -x * part.sign())
+    )
     lift = (thick + quiff + swoop) * torch.sqrt(smoothstep(0, 0.20, above)) * (1 + 0.10 * waves(s, 0.8) * shaggy)
     curls = torch.sin(x * 15 + 2 * z) * torch.sin(y * 16 + 3 * x) * torch.sin(z * 15 + 2 * y)
     lift = lift + (0.085 * _style(k, "curly") + 0.030 * _style(k, "afro")) * curls * smoothstep(0, 0.1, above)
@@ -165,7 +172,9 @@ def _bun(k: Knobs, m: Measures) -> Patch:
     u, v = square(44, 28, k.device, (-PI, PI), (-PI / 2, PI / 2))
     size = (0.20 + 0.12 * k["hair_volume"] + 0.08 * k["hair_length"]) * (1 + 0.05 * torch.sin(u * 3 + v * 6))
     c = torch.cos(v)
-    points = surface(size * torch.sin(u) * c, m.skull_h + 0.08 + size * 0.85 * torch.sin(v), size * torch.cos(u) * c - 0.34)
+    points = surface(
+        size * torch.sin(u) * c, m.skull_h + 0.08 + size * 0.85 * torch.sin(v), size * torch.cos(u) * c - 0.34
+    )
     shown = (_style(k, "bun") * (k["hat"] == 0).float() - 0.5) + 0 * points[..., 0]
     return Patch(Material.HAIR, points, surface(u * 0.8 + v * 2, 1.0 + 0 * u, 0.2 + 0 * u).expand_as(points), shown)
 
@@ -175,7 +184,12 @@ def _ponytail(k: Knobs, m: Measures) -> Patch:
     u, v = square(36, 36, k.device, (-PI, PI), (0, 1))
     length, volume = k["hair_length"], k["hair_volume"]
     side = torch.where(k["hair_part"] < 0, 1.0, -1.0)
-    thick = (0.20 + 0.14 * volume) * power((1.0 - v).clamp(min=0), 0.35) * smoothstep(-0.15, 0.25, v) * (1 + 0.08 * waves(u, 0.3))
+    thick = (
+        (0.20 + 0.14 * volume)
+        * power((1.0 - v).clamp(min=0), 0.35)
+        * smoothstep(-0.15, 0.25, v)
+        * (1 + 0.08 * waves(u, 0.3))
+    )
     swing = torch.sin(v * PI * 0.55)
     x = side * (0.12 + 0.95 * swing + 0.04 * torch.sin(v * 9)) + thick * torch.sin(u)
     y = 0.75 + 0.32 * torch.sin(v * 2.6) - (1.1 + 1.2 * length) * v * v

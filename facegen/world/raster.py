@@ -114,9 +114,16 @@ def project(k: Knobs, points: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 def _normals(points: Tensor, split_row: int | None) -> Tensor:
     du = torch.cat(
-        [points[:, :, 1:2] - points[:, :, :1], points[:, :, 2:] - points[:, :, :-2], points[:, :, -1:] - points[:, :, -2:-1]], 2
+        [
+            points[:, :, 1:2] - points[:, :, :1],
+            points[:, :, 2:] - points[:, :, :-2],
+            points[:, :, -1:] - points[:, :, -2:-1],
+        ],
+        2,
     )
-    dv = torch.cat([points[:, 1:2] - points[:, :1], points[:, 2:] - points[:, :-2], points[:, -1:] - points[:, -2:-1]], 1)
+    dv = torch.cat(
+        [points[:, 1:2] - points[:, :1], points[:, 2:] - points[:, :-2], points[:, -1:] - points[:, -2:-1]], 1
+    )
     if split_row is not None:
         r = split_row
         dv[:, r] = points[:, r] - points[:, r - 1]
@@ -126,7 +133,9 @@ def _normals(points: Tensor, split_row: int | None) -> Tensor:
 
 @lru_cache(maxsize=256)
 def _cells(rows: int, columns: int, start: int, device: torch.device) -> Tensor:
-    corner = (torch.arange(rows - 1, device=device)[:, None] * columns + torch.arange(columns - 1, device=device)).reshape(-1)
+    corner = (
+        torch.arange(rows - 1, device=device)[:, None] * columns + torch.arange(columns - 1, device=device)
+    ).reshape(-1)
     return torch.stack([corner, corner + 1, corner + columns, corner + columns + 1], 1) + start
 
 
@@ -175,8 +184,11 @@ def _candidates(mesh: Mesh, corners: Tensor, size: int) -> tuple[Tensor, Tensor]
     c = mesh.cells
     x0, x1, x2, x3 = (x[:, c[:, i]] for i in range(4))
     y0, y1, y2, y3 = (y[:, c[:, i]] for i in range(4))
-    area = (x3 - x0) * (y1 - y2) - (y3 - y0) * (x1 - x2)
-    turned = (area * mesh.facing) <= 0
+    near = (x1 - x0) * (y2 - y0) - (y1 - y0) * (x2 - x0)
+    far = (x2 - x3) * (y1 - y3) - (y2 - y3) * (x1 - x3)
+    turned = (
+        torch.minimum(near * mesh.facing, far * mesh.facing) >= 0
+    )  # screen y runs down: seen triangles are negative
     alive = inside > 0
     exists = alive[:, c[:, 0]] | alive[:, c[:, 1]] | alive[:, c[:, 2]] | alive[:, c[:, 3]]
     right = torch.maximum(torch.maximum(x0, x1), torch.maximum(x2, x3)) >= 0
@@ -215,7 +227,9 @@ def _z_buffer(picture: Tensor, cell: Tensor, corners: Tensor, batch: int, size: 
     values = (p00, p01 - p00, p10 - p00, p11 - p10 - p01 + p00)
     table = torch.stack([*_affine(p00, p01, p10), *_affine(p11, p10, p01),
                          *(value[:, 2] for value in values), *(value[:, 3] for value in values), low[:, 0], low[:, 1]])  # fmt: skip
-    a0, ax, ay, b0, bx, by, c0, cx, cy, d0, dx, dy, z0, zu, zv, zuv, i0, iu, iv, iuv, left, top = table[:, owner].unbind()
+    a0, ax, ay, b0, bx, by, c0, cx, cy, d0, dx, dy, z0, zu, zv, zuv, i0, iu, iv, iuv, left, top = table[
+        :, owner
+    ].unbind()
     wide = extent[:, 0][owner]
     line = torch.div(place, wide, rounding_mode="floor")
     column = (place - line * wide) + left.long()
@@ -229,7 +243,9 @@ def _z_buffer(picture: Tensor, cell: Tensor, corners: Tensor, batch: int, size: 
     v = torch.where(near, v, 1 - v_far).clamp(0, 1)
     uv = u * v
     valid = (near | far) & (i0 + u * iu + v * iv + uv * iuv > 0)
-    depth = ((NEAREST - (z0 + u * zu + v * zv + uv * zuv)) * ((2**DEPTH_BITS - 1) / DEPTH_RANGE)).clamp(0, 2**DEPTH_BITS - 1)
+    depth = ((NEAREST - (z0 + u * zu + v * zv + uv * zuv)) * ((2**DEPTH_BITS - 1) / DEPTH_RANGE)).clamp(
+        0, 2**DEPTH_BITS - 1
+    )
     spot = ((v * 255).long() << SPOT_BITS) | (u * 255).long()
     key = (depth.long() << (CELL_BITS + 2 * SPOT_BITS)) | (cell[owner] << (2 * SPOT_BITS)) | spot
     target = (picture[owner] * size + line) * size + column
@@ -252,4 +268,6 @@ def _resolve(mesh: Mesh, key: Tensor, pixel: Tensor, size: int) -> Fragments:
     # The far side of a thin sheet is turned to the viewer; on a silhouette the normal just stops at grazing.
     normals = torch.where((normals[:, 2:3] < -0.25) & (mesh.facing[cell] == 0)[:, None], -normals, normals)
     normals = unit(torch.cat([normals[:, :2], normals[:, 2:].clamp(min=0.02)], 1))
-    return Fragments(picture, pixel, mesh.material[cell], points.contiguous(), normals, rest.contiguous(), mesh.side[cell])
+    return Fragments(
+        picture, pixel, mesh.material[cell], points.contiguous(), normals, rest.contiguous(), mesh.side[cell]
+    )

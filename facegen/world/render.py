@@ -66,7 +66,9 @@ def render(scenes: Scenes, size: int = 256, *, supersample: int = 2) -> Renderin
         raise ValueError(f"size must be at least 16 and supersample at least 1, not {size} and {supersample}.")
     # On a CPU one picture at a time stays in the cache, is faster, and skips parts which this picture does not have.
     chunk = 1 if scenes.identity.device.type == "cpu" else max(1, len(scenes))
-    parts = [_render(scenes[start : start + chunk], size, supersample) for start in range(0, max(1, len(scenes)), chunk)]
+    parts = [
+        _render(scenes[start : start + chunk], size, supersample) for start in range(0, max(1, len(scenes)), chunk)
+    ]
     return Rendering(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Rendering)))
 
 
@@ -114,7 +116,9 @@ def _render(scenes: Scenes, size: int, supersample: int) -> Rendering:
     rest = patches[0].rest.expand(k.count, -1, -1, -1)
     points = landmarks68(k, m, (rest[..., 0], rest[..., 1], rest[..., 2]), size)
     middle = slice(supersample // 2, None, supersample)
-    image = lambda values, channels: values.view(k.count, wide, wide, channels)[:, middle, middle].permute(0, 3, 1, 2).contiguous()  # noqa: E731
+    image = lambda values, channels: (
+        values.view(k.count, wide, wide, channels)[:, middle, middle].permute(0, 3, 1, 2).contiguous()
+    )  # noqa: E731
     return Rendering(
         rgb=F.avg_pool2d(picture.contiguous(), supersample),
         parsing=image(label, 1)[:, 0].to(torch.uint8),

@@ -150,7 +150,11 @@ def _complexion(k: Knobs, m: Measures, color: Tensor, x: Tensor, y: Tensor, fron
     color = tint(color, ((0.30 + 0.85 * k["blush"]) * red).clamp(0, 1.15) * front, (1.04, 0.76, 0.74))
     speckle = smoothstep(0.60, 0.76, noise(1.1 * x, 1.1 * y, 0))
     spread = (bump(ax, y, (0.33, -0.18), (0.30, 0.17)) + bump(x, y, (0.0, -0.10), (0.25, 0.15))).clamp(0, 1)
-    color = tint(color, ((k["freckles"] - 0.65) / 0.20).clamp(0, 1) * speckle * (1.2 * spread).clamp(max=1) * front, (0.62, 0.45, 0.36))
+    color = tint(
+        color,
+        ((k["freckles"] - 0.65) / 0.20).clamp(0, 1) * speckle * (1.2 * spread).clamp(max=1) * front,
+        (0.62, 0.45, 0.36),
+    )
     spots = smoothstep(0.76, 0.90, noise(0.9 * x + 0.4, 0.9 * y, 1)) * ((k["age"] - 0.55) / 0.45).clamp(0, 1)
     color = tint(color, 0.5 * spots * front, (0.74, 0.62, 0.55))
     has_mole = ((k["mole"] - 0.68) / 0.06).clamp(0, 1)
@@ -170,8 +174,12 @@ def _age_lines(k: Knobs, m: Measures, color: Tensor, x: Tensor, y: Tensor, front
     smiling = 0.35 * k["smile"] + 0.45 * k["cheek_raise"]
     color = tint(color, ((0.75 * old * (0.6 + smiling) + 0.4 * smiling) * feet).clamp(0, 1) * front, (0.72, 0.60, 0.56))
     wave = (y - 0.02 * torch.cos(x * 9) - 0.36) % 0.088
-    forehead = ridge(wave, 0.044, 0.011) * smoothstep(0.34, 0.42, y) * smoothstep(0.70, 0.58, y) * smoothstep(0.44, 0.25, ax)
-    creased = (0.85 * old + 0.55 * k["brow_raise"] + 0.45 * k["brow_inner_raise"] * smoothstep(0.3, 0.15, ax)).clamp(0, 1)
+    forehead = (
+        ridge(wave, 0.044, 0.011) * smoothstep(0.34, 0.42, y) * smoothstep(0.70, 0.58, y) * smoothstep(0.44, 0.25, ax)
+    )
+    creased = (0.85 * old + 0.55 * k["brow_raise"] + 0.45 * k["brow_inner_raise"] * smoothstep(0.3, 0.15, ax)).clamp(
+        0, 1
+    )
     color = tint(color, creased * forehead * front, (0.76, 0.66, 0.62))
     fold = ridge(ax, 0.220 + 0.32 * (-0.26 - y), 0.020) * smoothstep(-0.66, -0.48, y) * smoothstep(-0.22, -0.33, y)
     deep = (0.60 * old + 0.35 * k["smile"] + 0.3 * k["upper_lip_raise"]).clamp(0, 1)
@@ -235,7 +243,11 @@ def _eyes_and_brows(
         color = tint(color, makeup * 0.75 * shadow, (0.62, 0.52, 0.78))
         width = 0.010 + 0.004 * makeup - 0.001 * man
         edge = ridge(below_upper, -0.003, width) * (below_upper < 0.012).float() * (v > -0.2).float()
-        wing = ridge(below_upper - 0.10 * (u - 0.9).clamp(min=0), -0.004, 0.012) * smoothstep(0.8, 1.0, u) * smoothstep(1.25, 1.1, u)
+        wing = (
+            ridge(below_upper - 0.10 * (u - 0.9).clamp(min=0), -0.004, 0.012)
+            * smoothstep(0.8, 1.0, u)
+            * smoothstep(1.25, 1.1, u)
+        )
         dark = lash * edge * near + makeup * 0.9 * wing * front
         color = tint(color, dark.clamp(0, 1), (0.09, 0.06, 0.06))
         under = ridge(above_lower, -0.002, 0.009) * (above_lower < 0.010).float()
@@ -245,9 +257,16 @@ def _eyes_and_brows(
         t = (x * side - 0.100 - 0.3 * (m.eye_x - 0.340)) / 0.400
         arch = (0.040 + 0.025 * k["brow_arch"]) * torch.sin(t.clamp(0, 1) * 2.4)
         centre = m.brow_y + arch - 0.045 * t + 0.038 * k["brow_tilt"] * (t - 0.4)
-        thick = (0.036 + 0.0105 * k["brow_thickness"] + 0.0060 * man).clamp(min=0.013) * (1 - 0.62 * smoothstep(0.35, 1.0, t) - 0.25 * smoothstep(0.12, -0.02, t))
+        thick = (0.036 + 0.0105 * k["brow_thickness"] + 0.0060 * man).clamp(min=0.013) * (
+            1 - 0.62 * smoothstep(0.35, 1.0, t) - 0.25 * smoothstep(0.12, -0.02, t)
+        )
         off = (y - centre).abs()
-        brow = smoothstep(thick + 0.012, thick - 0.016, off) * smoothstep(-0.03, 0.07, t) * smoothstep(1.03, 0.84, t) * front
+        brow = (
+            smoothstep(thick + 0.012, thick - 0.016, off)
+            * smoothstep(-0.03, 0.07, t)
+            * smoothstep(1.03, 0.84, t)
+            * front
+        )
         hairs = 0.92 + 0.08 * torch.sin(x * (side * 150) - (y - centre) * 260 + 4 * torch.sin(t * 9))
         color = paint(color, (0.94 * brow * hairs).clamp(0, 1), brow_color)
         label = torch.where(brow > 0.45, float(CLASS["l_brow" if side < 0 else "r_brow"]), label)
@@ -329,12 +348,18 @@ def torso_surface(k: Knobs, rest: Tensor) -> Surface:
     shirt, suit = (k.is_any("clothes", CLOTHES.index(name)) for name in ("shirt", "suit"))
     hoodie, tee = (k.is_any("clothes", CLOTHES.index(name)) for name in ("hoodie", "t-shirt"))
     skin = skin_color(k).expand(len(x), 3) * 0.97
-    color = own * (1 + 0.05 * (noise(0.9 * x, 0.5 * y, 1) - 0.5) + 0.025 * torch.sin(5 * x + 4 * y + 2 * torch.sin(3 * y)))[:, None]
+    color = (
+        own
+        * (1 + 0.05 * (noise(0.9 * x, 0.5 * y, 1) - 0.5) + 0.025 * torch.sin(5 * x + 4 * y + 2 * torch.sin(3 * y)))[
+            :, None
+        ]
+    )
     # Neck opening of a t-shirt, as a distance from the neck's axis which widens to the front.
     around = torch.sqrt(x * x + ((z + 0.16) * 1.0) ** 2)
     opening = 0.60 + 0.05 * smoothstep(-0.4, 0.4, z)
-    bare = smoothstep(opening + 0.008, opening - 0.008, around) * tee
-    band = tee * (around > opening).float() * smoothstep(opening + 0.075, opening + 0.065, around)
+    top = tee * smoothstep(-1.66, -1.60, y)
+    bare = smoothstep(opening + 0.008, opening - 0.008, around) * top
+    band = top * (around > opening).float() * smoothstep(opening + 0.075, opening + 0.065, around)
     color = color * (1 - 0.22 * band)[:, None]
     placket = shirt * front * smoothstep(0.075, 0.070, ax)
     color = color * (1 - 0.10 * placket - 0.25 * shirt * front * ridge(ax, 0.072, 0.006))[:, None]
@@ -373,7 +398,9 @@ def collar_surface(k: Knobs, rest: Tensor) -> Surface:
 def hair_surface(k: Knobs, rest: Tensor) -> Surface:
     s, y, above = rest.unbind(-1)
     streaks = 0.5 * waves(s, 1.0) + 0.3 * torch.sin(s * 190 + y * 5)
-    shade = (1 + 0.30 * streaks) * (0.70 + 0.30 * smoothstep(-0.6, 0.9, y)) * (0.72 + 0.28 * smoothstep(0.0, 0.15, above))
+    shade = (
+        (1 + 0.30 * streaks) * (0.70 + 0.30 * smoothstep(-0.6, 0.9, y)) * (0.72 + 0.28 * smoothstep(0.0, 0.15, above))
+    )
     fuzzy = k.is_any("hair_style", HAIR_STYLES.index("afro"), HAIR_STYLES.index("curly"))
     kinks = 0.45 + 0.75 * noise(1.9 * s, 1.6 * y, 0) + 0.30 * noise(2.7 * s, 2.3 * y + 0.4, 0)
     shade = mix(shade, kinks * (0.80 + 0.20 * smoothstep(-0.4, 0.8, y)), fuzzy + 0 * s)
@@ -402,12 +429,19 @@ def hat_surface(k: Knobs, rest: Tensor) -> Surface:
 def teeth_surface(k: Knobs, rest: Tensor) -> Surface:
     u, v, _ = rest.unbind(-1)
     gaps = 1 - 0.22 * ridge((u * 4.0) % 1, 0.5, 0.06)
-    color = torch.tensor([0.86, 0.83, 0.77], device=u.device) * (gaps * (1 - 0.45 * u * u) * torch.where(v >= 2, 0.75, 1.0))[:, None]
+    color = (
+        torch.tensor([0.86, 0.83, 0.77], device=u.device)
+        * (gaps * (1 - 0.45 * u * u) * torch.where(v >= 2, 0.75, 1.0))[:, None]
+    )
     return _plain(tint(color, k["age"] + 0 * u, (0.93, 0.87, 0.74)), "mouth", 0.2, 30.0, 0.5)
 
 
-def _fixed(color: tuple[float, float, float], label: str, gloss: float, focus: float, soft: float) -> Callable[[Knobs, Tensor], Surface]:
-    return lambda k, rest: _plain(torch.tensor(color, device=rest.device).expand(len(rest), 3), label, gloss, focus, soft)
+def _fixed(
+    color: tuple[float, float, float], label: str, gloss: float, focus: float, soft: float
+) -> Callable[[Knobs, Tensor], Surface]:
+    return lambda k, rest: _plain(
+        torch.tensor(color, device=rest.device).expand(len(rest), 3), label, gloss, focus, soft
+    )
 
 
 SURFACES: dict[Material, Callable[[Knobs, Tensor], Surface]] = {
@@ -441,7 +475,13 @@ def surfaces(k: Knobs, fragments: Fragments) -> Surface:
             name = "eye" if material == Material.EYE else "ear"
             part = _sided(part, fragments.side[rows], f"l_{name}", f"r_{name}")
         color[rows] = part.color
-        for whole, values in ((gloss, part.gloss), (focus, part.focus), (soft, part.soft), (hair, part.hair), (label, part.label)):
+        for whole, values in (
+            (gloss, part.gloss),
+            (focus, part.focus),
+            (soft, part.soft),
+            (hair, part.hair),
+            (label, part.label),
+        ):
             whole[rows] = values
     return Surface(color, gloss, focus, soft, hair, label)
 
@@ -553,7 +593,11 @@ def illuminate(k: Knobs, light: Light, fragments: Fragments, look: Surface, lit:
     glint = look.gloss * torch.exp(torch.log(dot(n, half).clamp(1e-4, 1)) * look.focus) * lit * (facing > 0).float()
     strand = unit(torch.stack([-0.12 * n[:, 0] - n[:, 1] * n[:, 0], 1 - n[:, 1] ** 2, -n[:, 1] * n[:, 2]], -1))
     tilt = dot(strand, half) - 0.10 + 0.10 * waves(fragments.rest[:, 0])
-    sheen = torch.exp(torch.log((1 - tilt * tilt).clamp(1e-4, 1)) * 36) * (0.25 + 0.75 * lit) * torch.sqrt(facing.clamp(0, 1))
+    sheen = (
+        torch.exp(torch.log((1 - tilt * tilt).clamp(1e-4, 1)) * 36)
+        * (0.25 + 0.75 * lit)
+        * torch.sqrt(facing.clamp(0, 1))
+    )
     glint = glint * (1 - look.hair) + 0.34 * sheen * look.hair
     shine = 1 + look.hair[:, None] * (0.30 + 1.7 * look.color - 1)
     out = out + glint[:, None] * key_color * shine

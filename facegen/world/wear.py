@@ -45,8 +45,10 @@ def torso_patch(k: Knobs) -> Patch:
     s, c = torch.sin(u), torch.cos(u)
     broad = 1 + 0.035 * man
     out = smoothstep(0.0, 0.42, v)
-    width = (0.50 + 0.92 * power(out, 0.9) * broad + 0.10 * v)
-    deep = 0.50 + 0.20 * out + 0.10 * v
+    # The first rows close the surface inside the neck.
+    closed = 0.6 + 0.4 * smoothstep(0.0, 0.05, v)
+    width = (0.50 + 0.92 * power(out, 0.9) * broad + 0.10 * v) * closed
+    deep = (0.50 + 0.20 * out + 0.10 * v) * closed
     slope = 0.16 * out + 0.20 * out * s * s
     round_off = smoothstep(0.30, 0.52, v)
     y = -1.33 - 0.10 * v - slope - fall * round_off - 0.10 * (c * 0.5 + 0.5) * (1 - v) * (1 - out)
@@ -93,7 +95,11 @@ def glasses_patches(k: Knobs, m: Measures) -> list[Patch]:
         patches.append(Patch(Material.FRAME, arm, arm, _present(worn, arm[..., 0])))
     u, v = square(16, 8, k.device, (-1, 1), (-PI, PI))
     x = u * (centre_x - half_w + 0.01)
-    bridge = surface(x, m.eye_y + 0.030 + 0.03 * (1 - u * u) + 0.016 * torch.cos(v), front + 0.016 * torch.sin(v) + 0.09 * (1 - u * u))
+    bridge = surface(
+        x,
+        m.eye_y + 0.030 + 0.03 * (1 - u * u) + 0.016 * torch.cos(v),
+        front + 0.016 * torch.sin(v) + 0.09 * (1 - u * u),
+    )
     patches.append(Patch(Material.FRAME, bridge, bridge, _present(worn, bridge[..., 0])))
     return patches
 
@@ -119,7 +125,9 @@ def hat_patches(k: Knobs, m: Measures, columns: int, rows: int) -> list[Patch]:
     thick = thick + beanie * (0.035 * brim + ribs + 0.08 * smoothstep(0.8, 1.15, y)) - 0.01 * cap
     points = surface(x + x / 0.62 / length * thick, y + y / 1.2 / length * thick, z + z / 0.9 / length * thick)
     rest = surface(longitude + 0 * x, y, above)
-    patches = [Patch(Material.HAT, points, rest, torch.where(k["hat"] > 0, above + 0.004, -torch.ones_like(above)), facing=1)]
+    patches = [
+        Patch(Material.HAT, points, rest, torch.where(k["hat"] > 0, above + 0.004, -torch.ones_like(above)), facing=1)
+    ]
     if bool((cap > 0).any()):
         patches.append(_cap_brim(k, m, cap))
     if bool((beanie > 0).any()):
@@ -169,7 +177,9 @@ def collar_patches(k: Knobs) -> list[Patch]:
         u, v = square(48, 16, k.device, (-PI, PI), (0, 1))
         roll = 0.045 * torch.sin(v * PI) + 0.02 * ridge(v, 0.5, 0.08) * -1
         radius = 0.470 + roll + 0.10 * v * v + 0.030 * k["neck_width"] + 0.024 * k["masculinity"]
-        points = surface(radius * torch.sin(u), -1.02 - 0.42 * v - 0.05 * torch.cos(u), radius * 0.97 * torch.cos(u) - 0.15)
+        points = surface(
+            radius * torch.sin(u), -1.02 - 0.42 * v - 0.05 * torch.cos(u), radius * 0.97 * torch.cos(u) - 0.15
+        )
         worn = _present(k.is_any("clothes", style("turtleneck")), points[..., 0])
         patches.append(Patch(Material.COLLAR, points, surface(u, v, 0 * u).expand_as(points), worn, follows=2))
     if bool(((column == style("shirt")) | (column == style("suit"))).any()):
