@@ -18,8 +18,18 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from facegen.errors import CheckpointBroken, WeightsMissing
-from facegen.face.networks import AMOUNTS, STRIDES, AttributeJudge, DetectorNet, JudgeNet, ParsingNet, network
+from facegen.face.networks import (
+    AMOUNTS,
+    CATEGORIES,
+    STRIDES,
+    AttributeJudge,
+    DetectorNet,
+    JudgeNet,
+    ParsingNet,
+    network,
+)
 from facegen.face.warp import aligned_crops
+from facegen.world.facts import FACTS
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets" / "mini"
 SIDE = 128  # pixels; what the judges were trained on
@@ -92,7 +102,14 @@ class Judges:
         return {
             name: answer.softmax(1) if answer.ndim == 2 else answer.sigmoid() if name in AMOUNTS else answer
             for name, answer in answers.items()
+            if not name.startswith("fact.")
         }
+
+    @torch.no_grad()
+    def facts(self, images: Tensor) -> dict[str, Tensor]:
+        """Probabilities (B, classes) of each kind of fact, in the order of ``facegen.world.facts.FACTS``."""
+        answers = self.attributes_net(_resized(images.to(self.device)) * 2 - 1)
+        return {kind: answers[kind if kind in CATEGORIES else f"fact.{kind}"].softmax(1) for kind in FACTS}
 
     @torch.no_grad()
     def parse(self, images: Tensor) -> Tensor:

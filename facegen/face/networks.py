@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from facegen.world.facts import FACTS
 from facegen.world.parameters import (
     ATTRIBUTES,
     BACKGROUNDS,
@@ -48,6 +49,7 @@ AMOUNTS: tuple[str, ...] = (  # 0 is none, 1 is full
     *(p.name for p in EXPRESSION if p.low == 0.0),
     "skin_tone",
     "freckles",
+    "eye_color",
 )
 VALUES: tuple[str, ...] = (  # signed, in the units of facegen.world.parameters
     "gaze_x",
@@ -56,6 +58,9 @@ VALUES: tuple[str, ...] = (  # signed, in the units of facegen.world.parameters
     *(p.name for p in LIGHT if p.name in ("light_x", "light_y", "key", "warmth", "rim")),
     "masculinity",
 )
+KINDS: Mapping[str, tuple[str, ...]] = {  # facts that are no column of the parameters, judged as they are said
+    kind: values for kind, values in FACTS.items() if kind not in CATEGORIES
+}
 STRIDES: tuple[int, ...] = (8, 16, 32)
 ANCHORS = 2
 
@@ -183,7 +188,8 @@ class AttributeJudge(nn.Module):
     """Whole RGB pictures (B, 3, 128, 128) in [-1, 1] to what they show.
 
     The answer maps each name of :data:`CATEGORIES` to logits (B, classes), each of :data:`AMOUNTS` to logits (B,) whose
-    sigmoid is the amount, and each of :data:`VALUES` to numbers (B,) in the parameter's own unit.
+    sigmoid is the amount, each of :data:`VALUES` to numbers (B,) in the parameter's own unit, and each of
+    :data:`KINDS`, as ``fact.{kind}``, to logits (B, classes).
     """
 
     def __init__(self, widths: Sequence[int] = (32, 64, 96, 160), hidden: int = 192) -> None:
@@ -199,14 +205,15 @@ class AttributeJudge(nn.Module):
             PlainBlock(c, d, 2),  # (B, d, 4, 4)
         )
         self.mix = nn.Sequential(nn.Linear(d * 16, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Dropout(0.1))
-        self.head = nn.Linear(hidden, sum(map(len, CATEGORIES.values())) + len(AMOUNTS) + len(VALUES))
+        self.sizes: dict[str, int] = {name: len(classes) for name, classes in CATEGORIES.items()}
+        self.sizes |= dict.fromkeys((*AMOUNTS, *VALUES), 1)
+        self.sizes |= {f"fact.{kind}": len(values) for kind, values in KINDS.items()}
+        self.head = nn.Linear(hidden, sum(self.sizes.values()))
 
     def forward(self, pictures: Tensor) -> dict[str, Tensor]:
         answers = self.head(self.mix(self.body(pictures).flatten(1))).float()
-        sizes = [len(classes) for classes in CATEGORIES.values()] + [1] * (len(AMOUNTS) + len(VALUES))
-        parts = answers.split(sizes, 1)
-        named = dict(zip((*CATEGORIES, *AMOUNTS, *VALUES), parts, strict=True))
-        return {name: part if name in CATEGORIES else part[:, 0] for name, part in named.items()}
+        parts = zip(self.sizes, answers.split(list(self.sizes.values()), 1), strict=True)
+        return {name: part[:, 0] if name in AMOUNTS or name in VALUES else part for name, part in parts}
 
 
 class ParsingNet(nn.Module):

@@ -56,5 +56,14 @@ def warp(images: Tensor, matrices: Tensor, size: int, padding: str = "zeros", mo
 
 
 def aligned_crops(images: Tensor, points: Tensor, size: int = 112) -> Tensor:
-    """ArcFace crops (B, C, size, size) of faces whose five points (B, 5, 2) are known; black outside the picture."""
-    return warp(images, similarities(points, ARCFACE_POINTS * (size / 112)), size)
+    """ArcFace crops (B, C, size, size) of faces whose five points (B, 5, 2) are known; black outside the picture.
+
+    Pictures in which every face is more than twice as large as its crop are made smaller first, so that no pixel is
+    left out.
+    """
+    matrices = similarities(points, ARCFACE_POINTS * (size / 112))
+    times = int(1 / matrices[:, :, 0].norm(dim=1).max().clamp(min=1e-3))
+    if times >= 2:
+        images = F.avg_pool2d(images, times, ceil_mode=True)
+        matrices = similarities((points + 0.5) / times - 0.5, ARCFACE_POINTS * (size / 112))
+    return warp(images, matrices, size)

@@ -128,7 +128,7 @@ def _surroundings(cache: Cache, size: int, random: np.random.Generator) -> NDArr
         grain = random.normal(0, random.uniform(3, 40), (size // 2, size // 2, 3)).astype(np.float32)
         canvas += cv2.resize(grain, (size, size))
     if random.random() < 0.4:
-        canvas = cv2.GaussianBlur(canvas, (0, 0), float(random.uniform(0.5, 4)))
+        canvas = np.asarray(cv2.GaussianBlur(canvas, (0, 0), float(random.uniform(0.5, 4))), np.float32)
     return canvas
 
 

@@ -40,7 +40,8 @@ def export(name: str, net: nn.Module, assets: Path) -> list[Path]:
         return [assets / "pack" / "rec.onnx", _weights(net, assets / "pack" / "rec")]
     if isinstance(net, DetectorNet):
         names = [f"{kind}_{stride}" for kind in ("score", "box", "points") for stride in (8, 16, 32)]
-        _onnx(_Pack(net).eval(), torch.zeros(1, 3, 320, 320), assets / "pack" / "det.onnx", {2: "height", 3: "width"}, names)
+        pack, example = _Pack(net).eval(), torch.zeros(1, 3, 320, 320)
+        _onnx(pack, example, assets / "pack" / "det.onnx", {2: "height", 3: "width"}, names)
         return [assets / "pack" / "det.onnx", _weights(net, assets / "pack" / "det")]
     assert isinstance(net, KeypointNet), name
     size = net.config["size"]

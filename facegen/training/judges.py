@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from facegen.face.networks import AMOUNTS, CATEGORIES, VALUES, AttributeJudge
+from facegen.face.networks import AMOUNTS, CATEGORIES, KINDS, VALUES, AttributeJudge
 from facegen.face.warp import warp
 from facegen.training.augment import GENTLE, Wear, uniform, wear
 from facegen.training.cache import Cache, shuffled
 from facegen.training.loop import Objective
+from facegen.world.facts import UNKNOWN, labels
 from facegen.world.parameters import GLASSES, HATS, Scenes
 
 # What changes its sign, and what changes places, in a mirrored picture.
@@ -35,18 +36,18 @@ class JudgeSettings:
 def targets_of(scenes: Scenes) -> dict[str, Tensor]:
     """What :class:`AttributeJudge` should answer: class indices (B,) int64, amounts and values (B,) float32."""
     categories = {name: scenes.column(name).round().long() for name in CATEGORIES}
-    return {**categories, **{name: scenes.column(name) for name in (*AMOUNTS, *VALUES)}}
+    numbers = {name: scenes.column(name) for name in (*AMOUNTS, *VALUES)}
+    facts = labels(scenes)
+    return {**categories, **numbers, **{f"fact.{kind}": facts[kind].long() for kind in KINDS}}
 
 
-def mirrored(targets: Mapping[str, Tensor], which: Tensor) -> dict[str, Tensor]:
-    """The targets of pictures of which those in ``which`` (B,) bool were mirrored."""
-    result = dict(targets)
-    for name in _MIRRORED:
-        result[name] = torch.where(which, -targets[name], targets[name])
-    left, right = _SWAPPED
-    result[left] = torch.where(which, targets[right], targets[left])
-    result[right] = torch.where(which, targets[left], targets[right])
-    return result
+def mirrored(scenes: Scenes, which: Tensor) -> Scenes:
+    """The scenes of pictures of which those in ``which`` (B,) bool were mirrored, as far as the judge is asked."""
+    left, right = (scenes.column(name) for name in _SWAPPED)
+    changes = {name: torch.where(which, -scenes.column(name), scenes.column(name)) for name in _MIRRORED}
+    changes[_SWAPPED[0]] = torch.where(which, right, left)
+    changes[_SWAPPED[1]] = torch.where(which, left, right)
+    return scenes.with_values(**changes)
 
 
 def visible(targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -81,7 +82,7 @@ class AttributeObjective(Objective):
         flip = torch.rand(b, generator=generator) < 0.5
         pictures = torch.where(flip[:, None, None, None], pictures.flip(3), pictures)
         pictures = wear(pictures, self.settings.wear, generator) * 2 - 1
-        targets = mirrored(targets_of(self.cache.scenes(rows)), flip)
+        targets = targets_of(mirrored(self.cache.scenes(rows), flip))
         targets["shift_x"] = targets["shift_x"] + shift[:, 0] / (size / 2)
         targets["shift_y"] = targets["shift_y"] - shift[:, 1] / (size / 2)
         return {"pictures": pictures.contiguous(memory_format=torch.channels_last), **targets}
@@ -94,12 +95,23 @@ class AttributeObjective(Objective):
             weight = weights[name].to(answers[name])
             wrong = F.cross_entropy(answers[name], batch[name], reduction="none")
             kinds = kinds.to(weight) + (wrong * weight).sum() / weight.sum().clamp(min=1)
+        facts = torch.zeros(()).to(kinds)
+        for kind in KINDS:
+            truth = batch[f"fact.{kind}"]
+            wrong = F.cross_entropy(answers[f"fact.{kind}"], truth, ignore_index=UNKNOWN, reduction="sum")
+            facts = facts + wrong / (truth != UNKNOWN).sum().clamp(min=1)
         amounts = torch.stack(
             [F.binary_cross_entropy_with_logits(answers[name], batch[name].clamp(0, 1)) for name in AMOUNTS]
         ).sum()
         # In units of each value's usual spread, about a third of its range's half.
         values = torch.stack([(answers[n] - batch[n]).square().mean() / _spread(n) ** 2 for n in VALUES]).sum()
-        return {"loss": kinds + amounts + 0.5 * values, "kinds": kinds, "amounts": amounts, "values": values}
+        return {
+            "loss": kinds + facts + amounts + 0.5 * values,
+            "kinds": kinds,
+            "facts": facts,
+            "amounts": amounts,
+            "values": values,
+        }
 
     def figures(self) -> dict[str, float]:
         return {} if self.held_out is None else judge_figures(self.module, self.held_out)
@@ -111,7 +123,7 @@ def _spread(name: str) -> float:
 
 @torch.no_grad()
 def judge_figures(net: AttributeJudge, cache: Cache, batch: int = 128) -> dict[str, float]:
-    """Accuracy of each category and of presence, correlation of each amount and value, on the cache's pictures."""
+    """Accuracy of each category and fact, correlation of each amount and value, on the cache's pictures."""
     answers: dict[str, list[Tensor]] = {}
     truths: dict[str, list[Tensor]] = {}
     device = next(net.parameters()).device
@@ -128,6 +140,11 @@ def judge_figures(net: AttributeJudge, cache: Cache, batch: int = 128) -> dict[s
         if name in CATEGORIES:
             right = (answer.argmax(1) == truth[name]).float()
             figures[f"accuracy_{name}"] = ((right * seen[name]).sum() / seen[name].sum().clamp(min=1)).item()
+            continue
+        if name.startswith("fact."):
+            known = truth[name] != UNKNOWN
+            right = (answer.argmax(1) == truth[name])[known].float()
+            figures[f"accuracy_{name}"] = right.mean().nan_to_num().item()
             continue
         value = answer.sigmoid() if name in AMOUNTS else answer
         pair = torch.stack([value, truth[name]])

@@ -127,7 +127,8 @@ class Average:
     def update(self, step: int) -> None:
         """Move towards the module's weights; early steps count more, so that the start is soon forgotten."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self.values, [value.float() for value in self._live()], 1 - decay)
+        for average, value in zip(self.values, self._live(), strict=True):
+            average.lerp_(value.float(), 1 - decay)
 
     def state_dict(self) -> dict[str, Tensor]:
         return dict(zip((name for name, _ in self._named()), self.values, strict=True))

@@ -12,6 +12,7 @@ from facegen.evaluation.judges import load_judges, load_network
 from facegen.face.networks import (
     AMOUNTS,
     CATEGORIES,
+    KINDS,
     VALUES,
     AttributeJudge,
     DetectorNet,
@@ -33,6 +34,7 @@ from facegen.training.parsing import ParsingObjective, ParsingSettings, mirrored
 from facegen.training.perception import Places, train
 from facegen.training.points import PointsObjective, PointsSettings
 from facegen.training.recogniser import RecogniserObjective, RecogniserSettings, verification
+from facegen.world.facts import Fact, seen_facts
 
 FAST = LoopSettings(learning_rate=3e-3, warmup=2, average=0.5)
 
@@ -61,7 +63,7 @@ def test_the_nets_answer_in_the_promised_shapes() -> None:
     assert JudgeNet().eval()(crops).shape == (2, 128)
     pictures = torch.rand(2, 3, 128, 128)
     answers = AttributeJudge().eval()(pictures)
-    assert set(answers) == {*CATEGORIES, *AMOUNTS, *VALUES}
+    assert set(answers) == {*CATEGORIES, *AMOUNTS, *VALUES, *(f"fact.{kind}" for kind in KINDS)}
     assert answers["hair_style"].shape == (2, 13)
     assert answers["yaw"].shape == (2,)
     assert ParsingNet().eval()(pictures).shape == (2, 20, 128, 128)
@@ -141,12 +143,15 @@ def test_verification_of_perfect_and_of_random_embeddings() -> None:
 
 
 def test_a_mirrored_picture_has_mirrored_targets(cache: Cache) -> None:
-    targets = targets_of(cache.scenes(torch.arange(4)))
-    flipped = mirrored(targets, torch.tensor([True, False, True, False]))
+    scenes = cache.scenes(torch.arange(4))
+    targets = targets_of(scenes)
+    flipped = targets_of(mirrored(scenes, torch.tensor([True, False, True, False])))
     assert torch.equal(flipped["yaw"][::2], -targets["yaw"][::2])
     assert torch.equal(flipped["yaw"][1::2], targets["yaw"][1::2])
     assert torch.equal(flipped["eye_close_left"][0], targets["eye_close_right"][0])
     assert torch.equal(flipped["hair_style"], targets["hair_style"])
+    looking = {0: 2, 1: 1, 2: 0, -1: -1}
+    assert flipped["fact.looking"][0] == looking[int(targets["fact.looking"][0])]
     names = ("background", "l_eye", "r_eye", "l_lip", "u_lip", "ear_r")
     assert mirrored_classes(names).tolist() == [0, 2, 1, 3, 4, 5]
 
@@ -251,6 +256,9 @@ def test_a_stage_trains_exports_records_and_its_judges_load(cache: Cache, tmp_pa
     assert judges.embed(pictures).shape == (3, 128)
     answers = judges.attributes(pictures)
     assert torch.allclose(answers["hat"].sum(1), torch.ones(3), atol=1e-4)
+    assert judges.facts(pictures)["expression"].shape == (3, 10)
+    (seen, *_) = seen_facts([Fact("hat", "beanie"), Fact("eye_color", "blue")], answers)
+    assert set(seen) == {Fact("hat", "beanie"), Fact("eye_color", "blue")}
     assert judges.parse(pictures).shape == (3, 96, 96)
     points, found = judges.points(pictures)
     assert points.shape == (3, 5, 2)
