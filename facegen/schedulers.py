@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from facegen.errors import WrongRequest
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 # name → (diffusers class, what differs from the model's own configuration)
 SCHEDULERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
