@@ -24,10 +24,11 @@ LIP_GAP = 0.0015
 class Patch:
     """A deformed grid of H x W points with what is needed to draw it.
 
-    ``points`` (B, H, W, 3) head or body space; ``rest`` (B, H, W, 3) texture coordinates; ``inside`` (B, H, W) or None:
-    the surface exists where it is positive; ``keep`` (B, H-1, W-1) or None: cells that exist; ``split_row``: the surface
-    is torn between this row and the next one; ``follows``: 0 the head, 1 the body, 2 a neck between both; ``facing``: the
-    orientation of cells that are seen, 0 for both; ``side``: -1, 1 for parts at the left and right; ``casts``: a shadow.
+    ``points`` (B, H, W, 3) in head or body space; ``rest`` (B, H, W, 3) texture coordinates; ``inside`` (B, H, W) or
+    None: the surface exists where it is positive; ``keep`` (B, H-1, W-1) or None: cells that exist; ``split_row``: the
+    surface is torn between this row and the next one; ``follows``: 0 the head, 1 the body, 2 a neck between both;
+    ``facing``: the orientation of cells that are seen, 0 for both; ``side``: -1, 1 for parts at the left and right;
+    ``casts``: a shadow.
     """
 
     material: int
@@ -465,7 +466,7 @@ def mouth_patches(k: Knobs, m: Measures, head: Patch, cavity: int, teeth: int, t
     patches = [mouth_hollow(k, m, head, cavity)]
     u, v = square(28, 8, k.device, (-1, 1), (0, 1))
     bow = 0.80 - 0.24 * u * u + 0.02 * torch.sin(v * 3)
-    bite = 0.045 - 0.088 * v + 0.02 * u * u
+    bite = 0.11 - 0.153 * v + (0.02 + 0.06 * k["smile"]) * u * u
     upper = surface(u * width * 0.68, line + bite, bow)
     patches.append(Patch(teeth, upper, surface(u, v, 0 * u).expand_as(upper)))
     lower = surface(u * width * 0.60, line - 0.035 - 0.075 * v - 0.222 * jaw, bow - 0.05 - 0.035 * jaw)

@@ -52,7 +52,7 @@ def hair_edge(k: Knobs, m: Measures, longitude: Tensor, x: Tensor) -> Tensor:
 
 
 def strand_angle(k: Knobs, x: Tensor, y: Tensor, z: Tensor, longitude: Tensor) -> Tensor:
-    """A coordinate that is constant along a strand of the cap: strands leave the crown, the parting or run to the tie."""
+    """A coordinate that is constant along a strand: strands leave the crown or the parting, or run to the back."""
     part = k["hair_part"]
     parted = _style(k, "side part", "long straight", "long wavy", "bob")
     back = _style(k, "quiff", "bun", "ponytail")

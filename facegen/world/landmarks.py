@@ -47,7 +47,7 @@ def _targets(k: Knobs, m: Measures) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _lid_height(k: Knobs, m: Measures, u: Tensor, lid: Tensor, side: int) -> Tensor:
-    """Height of the lid edges at eye coordinate u; ``lid`` is 1 for the upper lid, -1 for the lower, 0 in the corners."""
+    """Height of the lid edges at eye coordinate u; ``lid`` is 1 for the upper lid, -1 the lower, 0 in corners."""
     closed = k["eye_close_left" if side < 0 else "eye_close_right"]
     reach = u.abs()
     low = -m.lid_low * (1 - reach * reach) * (1 + 0.22 * u)
@@ -63,7 +63,7 @@ def _lip(m: Measures, places: Sequence[float], offset: Tensor) -> tuple[Tensor, 
 
 
 def _on_skull(k: Knobs, x: Tensor, y: Tensor, grid: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    """The depth (B, P) of the skull at rest coordinates (B, P): the mean of the nearest four vertices in front, by distance."""
+    """The depth (B, P) of the skull at rest coordinates (B, P), from the nearest four vertices in front."""
     gx, gy, gz = (axis.reshape(k.count, -1) for axis in grid)
     away = (x[..., None] - gx[:, None]) ** 2 + (y[..., None] - gy[:, None]) ** 2 + 4.0 * (gz[:, None] < 0.0).float()
     near, index = away.topk(4, -1, largest=False)

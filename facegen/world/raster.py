@@ -32,8 +32,8 @@ class Mesh:
 
     ``points`` and ``normals`` (B, V, 3) camera space; ``rest`` (B, V, 3); ``inside`` (B, V); ``cells`` (Q, 4) indices
     of vertices in the order (0, 0), (0, 1), (1, 0), (1, 1) of row, column; ``keep`` (B, Q); ``material`` (Q,);
-    ``facing`` (Q,) is 0 where both sides are seen; ``side`` (Q,) is -1, 0 or 1 for the parts at the picture's left and right;
-    ``casts`` (V,) says whether a vertex casts a shadow.
+    ``facing`` (Q,) is 0 where both sides are seen; ``side`` (Q,) is -1 or 1 for the parts at the picture's
+    left and right, else 0; ``casts`` (V,) says whether a vertex casts a shadow.
     """
 
     points: Tensor
@@ -201,7 +201,7 @@ def _candidates(mesh: Mesh, corners: Tensor, size: int) -> tuple[Tensor, Tensor]
 
 
 def _affine(origin: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, ...]:
-    """Coefficients (1, x, y) of the two coordinates of a point in a triangle: 0 at the origin, 1 at the other corners."""
+    """Coefficients (1, x, y) of both coordinates of a point in a triangle: 0 at the origin, 1 at a corner."""
     ax, ay = first[:, 0] - origin[:, 0], first[:, 1] - origin[:, 1]
     bx, by = second[:, 0] - origin[:, 0], second[:, 1] - origin[:, 1]
     area = ax * by - ay * bx

@@ -115,19 +115,22 @@ def _render(scenes: Scenes, size: int, supersample: int) -> Rendering:
     picture = tone(color).view(k.count, wide, wide, 3).permute(0, 3, 1, 2)
     rest = patches[0].rest.expand(k.count, -1, -1, -1)
     points = landmarks68(k, m, (rest[..., 0], rest[..., 1], rest[..., 2]), size)
-    middle = slice(supersample // 2, None, supersample)
-    image = lambda values, channels: (
-        values.view(k.count, wide, wide, channels)[:, middle, middle].permute(0, 3, 1, 2).contiguous()
-    )  # noqa: E731
     return Rendering(
         rgb=F.avg_pool2d(picture.contiguous(), supersample),
-        parsing=image(label, 1)[:, 0].to(torch.uint8),
-        depth=CAMERA_DISTANCE - image(depth, 1),
-        normals=image(normal, 3),
+        parsing=_thin(label, k.count, size, supersample)[:, 0].to(torch.uint8),
+        depth=CAMERA_DISTANCE - _thin(depth, k.count, size, supersample),
+        normals=_thin(normal, k.count, size, supersample),
         landmarks5=landmarks5(points),
         landmarks68=points,
         box=face_box(k, m, points, size),
     )
+
+
+def _thin(values: Tensor, batch: int, size: int, supersample: int) -> Tensor:
+    """One sample of each pixel: (B * S * S, C) to (B, C, size, size)."""
+    middle = slice(supersample // 2, None, supersample)
+    wide = size * supersample
+    return values.view(batch, wide, wide, -1)[:, middle, middle].permute(0, 3, 1, 2).contiguous()
 
 
 def _scatter(seen: Fragments, values: Tensor, batch: int, size: int, empty: float) -> Tensor:

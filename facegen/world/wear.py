@@ -8,7 +8,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-from facegen.world.fields import Knobs, bump, mix, power, ridge, smoothstep
+from facegen.world.fields import Knobs, mix, power, ridge, smoothstep
 from facegen.world.geometry import SIDES, Measures, Patch, head_angles, skull, square, surface
 from facegen.world.parameters import CLOTHES, GLASSES, HATS
 

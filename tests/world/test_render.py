@@ -55,7 +55,7 @@ def crowd(count: int, seed: int) -> Scenes:
             drawn = torch.rand(count, generator=generator)
             if p.spread == "normal":
                 columns[p.name] = (2 * drawn - 1) * 1.8
-            elif p.name in CHOICES or p.name.endswith("_color") and p.high > 1:
+            elif p.name in CHOICES or (p.name.endswith("_color") and p.high > 1):
                 columns[p.name] = torch.floor(drawn * (p.high + 1)).clamp(max=p.high)
             else:
                 columns[p.name] = p.low + (p.high - p.low) * drawn
@@ -85,16 +85,18 @@ def people() -> tuple[Scenes, Rendering]:
 
 def test_shapes_and_ranges(people: tuple[Scenes, Rendering]) -> None:
     count, drawn = len(people[0]), people[1]
-    assert drawn.rgb.shape == (count, 3, SIZE, SIZE) and drawn.rgb.dtype == torch.float32
-    assert 0 <= drawn.rgb.min() and drawn.rgb.max() <= 1
-    assert drawn.parsing.shape == (count, SIZE, SIZE) and drawn.parsing.dtype == torch.uint8
+    assert (drawn.rgb.shape, drawn.rgb.dtype) == ((count, 3, SIZE, SIZE), torch.float32)
+    assert bool(((drawn.rgb >= 0) & (drawn.rgb <= 1)).all())
+    assert (drawn.parsing.shape, drawn.parsing.dtype) == ((count, SIZE, SIZE), torch.uint8)
     assert int(drawn.parsing.max()) < len(PARSING)
-    assert drawn.depth.shape == (count, 1, SIZE, SIZE) and drawn.depth.min() > 0
+    assert drawn.depth.shape == (count, 1, SIZE, SIZE)
+    assert drawn.depth.min() > 0
     assert drawn.normals.shape == (count, 3, SIZE, SIZE)
     assert torch.allclose(drawn.normals.norm(dim=1), torch.ones(count, SIZE, SIZE), atol=1e-4)
     assert drawn.landmarks5.shape == (count, 5, 2)
     assert drawn.landmarks68.shape == (count, 68, 2)
-    assert drawn.box.shape == (count, 4) and bool((drawn.box[:, 2:] > drawn.box[:, :2]).all())
+    assert drawn.box.shape == (count, 4)
+    assert bool((drawn.box[:, 2:] > drawn.box[:, :2]).all())
     assert all(bool(torch.isfinite(getattr(drawn, field.name).float()).all()) for field in fields(Rendering))
 
 
@@ -148,7 +150,8 @@ def test_actions_stay_in_their_region(name: str, top: float, bottom: float) -> N
 def test_one_eye_closes_alone() -> None:
     drawn = render(variations("eye_close_left", 0.0, 1.0), 96)
     left, right = ((drawn.parsing == PARSING.index(name)).flatten(1).sum(1) for name in ("l_eye", "r_eye"))
-    assert left[0] > 8 and left[1] <= 2
+    assert left[0] > 8
+    assert left[1] <= 2
     assert abs(int(right[0]) - int(right[1])) <= 2
 
 
@@ -196,8 +199,8 @@ def test_landmarks_move_steadily(name: str, point: int, axis: int, sign: int) ->
 
 
 def test_pose_moves_as_named() -> None:
-    points = render(Scenes.cat([neutral(), neutral(yaw=0.4), neutral(pitch=0.3), neutral(roll=0.3),
-                                neutral(shift_x=0.2), neutral(shift_y=0.2), neutral(zoom=1.3)]), SIZE).landmarks5  # fmt: skip
+    moves = ({}, {"yaw": 0.4}, {"pitch": 0.3}, {"roll": 0.3}, {"shift_x": 0.2}, {"shift_y": 0.2}, {"zoom": 1.3})
+    points = render(Scenes.cat([neutral(**move) for move in moves]), SIZE).landmarks5
     still, nose = points[0], points[:, 2] - points[:, :2].mean(1)
     assert nose[1, 0] > nose[0, 0] + 1  # turned to the right: the nose runs ahead of the eyes
     assert nose[2, 1] < nose[0, 1] - 1  # turned up
