@@ -35,6 +35,18 @@ ENCODER, UNET = "encoder", "arc2face"
 OFFICIAL_EMBEDDING = 512
 OLD_PREFIX = "text_model."
 
+# "a close up portrait of", "photo,": says nothing of the person.
+FRAME = re.compile(
+    r"(?:an?\s+)?(?:close[ -]up\s+)?(?:photo|photograph|portrait|picture|headshot)\b(?:\s+of)?[\s,]*", re.I
+)
+# "a young smiling woman …" -> ("young smiling", "…")
+PERSON = re.compile(
+    r"(?:(?:an?|the)\s+)?((?:(?!with\b|in\b|on\b|of\b|an?\b|the\b|and\b)[\w-]+\s+)*?)"
+    r"(?:person|woman|man|adult|lady|guy|gentleman|girl|boy|face)\b(.*)",
+    re.I | re.S,
+)
+WITH = re.compile(r"(?:with|in|on|wearing|against|and)\b", re.I)
+
 
 class Arc2Face(Adapter):
     """See the module's text; needs a base model with one text encoder.
@@ -182,8 +194,12 @@ class Arc2Face(Adapter):
         return [TextCondition(embeds=torch.stack([uncond.expand_as(cond), cond]))]
 
     def phrase(self, prompt: str) -> str:
-        """The prompt with the word `id` in it: before the first "person", else in the official prompt put in front."""
-        prompt = prompt.strip()
+        """The prompt as such an encoder was trained: "photo of a id person" and then what is said of the picture.
+
+        "a smiling woman with red hair" becomes "photo of a id person with red hair, smiling". Raises WrongRequest for
+        an encoder that understands PROMPT alone.
+        """
+        prompt = prompt.strip(" ,.")
         if prompt in ("", PROMPT):
             return PROMPT
         if not self.free_prompts:
@@ -193,9 +209,13 @@ class Arc2Face(Adapter):
             )
         if re.search(rf"\b{TOKEN}\b", prompt):
             return prompt
-        if re.search(r"\bperson\b", prompt):
-            return re.sub(r"\bperson\b", f"{TOKEN} person", prompt, count=1)
-        return f"{PROMPT}, {prompt}"
+        said = FRAME.sub("", prompt)
+        before: list[str] = []
+        if found := PERSON.match(said):
+            before, said = found[1].split(), found[2]
+        said = said.strip(" ,")
+        whole = f"{PROMPT} {said}" if WITH.match(said) else f"{PROMPT}, {said}" if said else PROMPT
+        return ", ".join([whole, *before])
 
     def encode(self, prompts: Sequence[str], model: Model, embeddings: Tensor | None = None) -> Tensor:
         """Prompts (B) and RAW embeddings (B, D), None for none -> (B, L, width), after the final LayerNorm."""
