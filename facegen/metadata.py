@@ -50,10 +50,19 @@ class Record:
     report: Mapping[str, Any] = field(default_factory=dict)
     version: str = __version__
 
+    def photos(self) -> list[dict[str, Any]]:
+        """The records of all photos of the request: {"path", "sha256"} each."""
+        several = [value if isinstance(value, list) else [value] for value in self.request.values()]
+        return [one for values in several for one in values if isinstance(one, dict) and "sha256" in one]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, as it stands in the PNG."""
+        return {CHUNK: self.version, "ai_generated": True, **asdict(self)}
+
     def chunks(self) -> dict[str, str]:
         """The PNG text chunks."""
         return {
-            CHUNK: json.dumps({CHUNK: self.version, "ai_generated": True, **asdict(self)}, ensure_ascii=False),
+            CHUNK: json.dumps(self.to_json(), ensure_ascii=False),
             "Software": f"facegen {self.version}",
             "Comment": AI_GENERATED,
             "XML:com.adobe.xmp": _XMP,

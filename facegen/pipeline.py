@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, cast
 
-from facegen import __version__, examples, metadata
+from facegen import __version__, examples
 from facegen.errors import Cancelled, WrongRequest
 from facegen.request import Curve, Photo, Request, choice, from_json, make, specs, suggestion, switch, text, to_json
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
+    from facegen import metadata
     from facegen.adapter import Adapter
     from facegen.conditions import Condition, LoraCondition
     from facegen.denoise import Step
@@ -188,7 +189,7 @@ class Pipeline(ABC, Generic[R]):
     def from_pretrained(cls: type[P], model: str | Path = "mini", **options: Any) -> P:
         """Load a base model: "mini", "sd15", "sdxl", a hub id, a diffusers folder or a single file.
 
-        options: the other fields of :class:`Loading` (pack, device, dtype, offload, tiling); dtype may be a torch dtype.
+        options: the other fields of :class:`Loading` (pack, device, dtype, offload, tiling), dtype also as torch's.
         """
         dtype = options.get("dtype")
         if dtype is not None and not isinstance(dtype, str):
@@ -251,6 +252,25 @@ class Pipeline(ABC, Generic[R]):
             raise WrongRequest(f"No adapter '{name}' is loaded{suggestion(name, self.loaded.adapters)}.")
         del self.loaded.adapters[name]
 
+    def available_adapters(self) -> tuple[str, ...]:
+        """The names of the adapters whose weights are on this machine and belong to this kind of model."""
+        from facegen.adapter import find_adapters
+        from facegen.errors import WeightsMissing
+        from facegen.hub import resolve
+        from facegen.models.base import locate
+
+        beside = locate(self.loaded.loading.model).parent / "adapters"
+        if self.loaded.is_mini:
+            return tuple(name for name in find_adapters() if (beside / name).is_dir())
+        there = []
+        for name in find_adapters():
+            try:
+                resolve(name)
+            except WeightsMissing:
+                continue
+            there.append(name)
+        return tuple(there)
+
     def analyzer(self, pack: str) -> FaceAnalyzer:
         """The face analysis of a pack, loaded once."""
         from facegen.face.analyze import FaceAnalyzer
@@ -292,6 +312,8 @@ class Pipeline(ABC, Generic[R]):
         indices: Sequence[int] | None = None,
     ) -> Iterator[tuple[metadata.Picture, Report]]:
         """The pictures one by one as they are finished, or only those at `indices`; `request` must be resolved."""
+        from facegen import metadata
+
         watch = watch or Watch()
         record = metadata.Record(
             pipeline=self.name, loaded=self._loaded_json(request), request=self._request_json(request)
@@ -413,7 +435,7 @@ class Pipeline(ABC, Generic[R]):
                 width=size[1],
                 prompt=request.prompt,
                 negative_prompt=request.negative_prompt,
-                scale=given.get(name, 1.0) if isinstance(given, Mapping) else given,
+                scale=given.get(name) if isinstance(given, Mapping) else given,
                 control_scale=request.control_strength,
                 structure=request.structure,
                 guidance=request.guidance_scale > 1,
@@ -457,7 +479,7 @@ class Pipeline(ABC, Generic[R]):
                 yield batch
 
     def generators(self, seed: int, indices: Sequence[int]) -> list[torch.Generator]:
-        """Picture i draws from seed + i alone, on the CPU, so that it is the same in every batch and on every device."""
+        """Picture i draws from seed + i alone, on the CPU: the same noise in every batch and on every device."""
         import torch
 
         return [torch.Generator().manual_seed(seed + index) for index in indices]
@@ -513,6 +535,8 @@ class Pipeline(ABC, Generic[R]):
         return judges.report(picture, painted.references, painted.prompt, provenance, painted.warnings)
 
     def _loaded_json(self, request: R) -> dict[str, Any]:
+        from facegen import metadata
+
         adapters: tuple[str, ...] = getattr(request, "adapters", ())
         loras: Mapping[str, Curve] = getattr(request, "loras", {})
         return {
@@ -528,10 +552,12 @@ class Pipeline(ABC, Generic[R]):
         }
 
     def _request_json(self, request: R) -> dict[str, Any]:
+        from facegen import metadata
+
         return to_json(request, lambda photo: metadata.photo_record(photo, examples.photo))
 
 
-def _per_step(curve: Curve, steps: int) -> Curve:
+def _per_step(curve: Curve | None, steps: int) -> Curve | None:
     """A function of progress becomes its values at the steps, which can be written down."""
     if not callable(curve):
         return curve
@@ -545,6 +571,8 @@ def _photo_name(photo: Photo) -> str:
 def _weights_checksum(path: Path) -> str:
     """SHA-256 of a weight file, or of all those of a folder in the order of their names; of a model its UNet's."""
     import hashlib
+
+    from facegen import metadata
 
     if path.is_file():
         return metadata.file_checksum(path)
@@ -590,6 +618,8 @@ def rebuild(record: metadata.Record) -> tuple[Loading, Any]:
 
     Raises WrongRequest when the record names a task or field that this version does not know.
     """
+    from facegen import metadata
+
     names = {one.name for one in dataclasses.fields(Loading)}
     loading = make(Loading, {name: value for name, value in record.loaded.items() if name in names})
     return loading, from_json(task(record.pipeline).request_class, record.request, metadata.photo_read)

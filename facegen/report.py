@@ -7,7 +7,7 @@ What cannot be judged says so, with the reason.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -114,12 +114,8 @@ class LikenessJudge(Protocol):
 class PromptJudge(Protocol):
     """Tells which of the things a prompt asks for a picture shows."""
 
-    def asked(self, prompt: str) -> tuple[str, ...]:
-        """The askable things in the prompt, in words."""
-        ...
-
-    def shown(self, prompt: str, image: Any) -> tuple[str, ...]:
-        """Those of :meth:`asked` that the picture shows."""
+    def obedience(self, prompt: str, image: Any) -> Obedience:
+        """What the prompt asks for, as far as it is understood, and what of it the picture shows."""
         ...
 
 
@@ -156,7 +152,7 @@ class Judges:
                 )
         obedience = None
         if self.prompt is not None:
-            obedience = Obedience(asked=self.prompt.asked(prompt), hit=self.prompt.shown(prompt, image))
+            obedience = self.prompt.obedience(prompt, image)
         elif prompt:
             missing["prompt"] = self.reasons.get("prompt", "no judge fits these weights")
         return Report(
@@ -167,3 +163,116 @@ class Judges:
             not_judged=missing,
             warnings=tuple(warnings),
         )
+
+
+# judges that exist
+
+
+@dataclass(frozen=True, kw_only=True)
+class MiniLikeness:
+    """mini's judging recogniser, of another architecture than the one that conditions."""
+
+    nets: Any  # facegen.evaluation.judges.Judges
+    name: str
+    ceiling: float | None
+    floor: float | None
+    threshold: float | None
+
+    def cosine(self, face: Any, references: Sequence[Any]) -> float:
+        import torch
+
+        from facegen.images import to_tensor
+
+        def embedded(one: Any) -> Any:
+            points = torch.from_numpy(one.points)[None]
+            return self.nets.embed(to_tensor(one.image)[None], points)[0].cpu()
+
+        known = torch.stack([embedded(reference) for reference in references]).mean(0)
+        return float(torch.nn.functional.cosine_similarity(embedded(face), known, dim=0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MiniPrompt:
+    """mini's judge of attributes; it knows the words of the face world's captions."""
+
+    nets: Any
+
+    def obedience(self, prompt: str, image: Any) -> Obedience:
+        from facegen.images import to_tensor
+        from facegen.world.captions import say
+        from facegen.world.facts import probability
+        from facegen.world.words import parse_prompt
+
+        judged = self.nets.facts(to_tensor(image)[None])
+        known = [fact for fact in parse_prompt(prompt) if fact.kind in judged]
+        return Obedience(
+            asked=tuple(say(fact) for fact in known),
+            hit=tuple(say(fact) for fact in known if float(probability(fact, judged[fact.kind])) > 0.5),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackLikeness:
+    """A second face pack as judge; its recogniser is another one than the conditioning pack's."""
+
+    analyzer: Any
+    name: str
+    ceiling: float | None = None
+    floor: float | None = None
+    threshold: float | None = None
+
+    def cosine(self, face: Any, references: Sequence[Any]) -> float:
+        import numpy as np
+
+        def embedded(one: Any) -> Any:
+            return self.analyzer.face(one.image, select="largest").unit
+
+        known = np.stack([embedded(reference) for reference in references]).mean(0)
+        return float(embedded(face) @ known / np.linalg.norm(known))
+
+
+OFFICIAL_PACKS = ("antelopev2", "buffalo_l")
+
+
+def judges_for(packs: Sequence[str], analyzer: Callable[[str], Any], *, mini: bool) -> Judges:
+    """The judges that fit pictures conditioned through these face packs; `analyzer` loads a pack by name."""
+    from facegen.errors import WeightsMissing
+
+    reasons: dict[str, str] = {}
+    likeness: LikenessJudge | None = None
+    prompt: PromptJudge | None = None
+    if mini:
+        try:
+            likeness, prompt = _mini_judges()
+        except WeightsMissing as error:
+            reasons = {"likeness": str(error), "prompt": str(error)}
+    else:
+        second = next((pack for pack in OFFICIAL_PACKS if pack not in packs), None)
+        try:
+            if second is None:
+                reasons["likeness"] = f"both {' and '.join(OFFICIAL_PACKS)} conditioned it"
+            else:
+                likeness = PackLikeness(analyzer=analyzer(second), name=second)
+        except WeightsMissing:
+            reasons["likeness"] = f"the second face pack {second} is not on this machine"
+        reasons["prompt"] = "there is a judge for mini's drawn pictures only"
+    return Judges(detector=analyzer(packs[0]), likeness=likeness, prompt=prompt, reasons=reasons)
+
+
+def _mini_judges() -> tuple[LikenessJudge, PromptJudge]:
+    import json
+
+    from facegen.evaluation.judges import ASSETS, load_judges
+
+    nets = load_judges()
+    measured = ASSETS / "mini.json"
+    figures = json.loads(measured.read_text("utf-8")) if measured.exists() else {}
+    judge = figures.get("judge", {})
+    likeness = MiniLikeness(
+        nets=nets,
+        name="mini judge",
+        ceiling=judge.get("same_cosine"),
+        floor=judge.get("other_cosine"),
+        threshold=nets.same_person,
+    )
+    return likeness, MiniPrompt(nets=nets)

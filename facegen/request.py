@@ -152,11 +152,12 @@ def _shown(value: Any) -> str:
 
 def _range(spec: Spec) -> str:
     """`from 1 to 100`, `at least 1`, or nothing."""
-    if spec.low is not None and spec.high is not None:
-        return f"from {spec.low:g} to {spec.high:g}"
-    if spec.low is not None:
-        return f"at least {spec.low:g}"
-    return f"at most {spec.high:g}" if spec.high is not None else ""
+    low, high = (None if edge is None else f"{edge:.15g}" for edge in (spec.low, spec.high))
+    if low is not None and (high is None or float(high) > 1e9):
+        return f"at least {low}"
+    if low is not None:
+        return f"from {low} to {high}"
+    return f"at most {high}" if high is not None else ""
 
 
 def _checked(name: str, spec: Spec, value: Any) -> Any:
@@ -334,7 +335,7 @@ def add_flags(parser: argparse.ArgumentParser, request: type[Request], *, skip: 
                 parser.add_argument(
                     name, nargs="*", action="extend", default=argparse.SUPPRESS, metavar=metavar, help=told
                 )
-                common["help"] = f"the same as {name} without a flag"
+                common["help"] = "the same, as a flag"
             parser.add_argument(*flags, nargs="+", action="extend", metavar=metavar, **common)
         elif spec.kind == "strengths":
             parser.add_argument(*flags, nargs="+", action="extend", metavar=metavar, **common)
@@ -343,7 +344,7 @@ def add_flags(parser: argparse.ArgumentParser, request: type[Request], *, skip: 
         else:
             if spec.positional:
                 parser.add_argument(name, nargs="?", default=argparse.SUPPRESS, metavar=metavar, help=told)
-                common["help"] = f"the same as {name} without a flag"
+                common["help"] = "the same, as a flag"
             parser.add_argument(*flags, metavar=metavar, **common)
 
 
@@ -362,15 +363,15 @@ _METAVARS: Mapping[Kind, str] = {
 
 def flag_help(spec: Spec) -> str:
     """The help text with its range, choices and default."""
-    told = spec.about.rstrip(".")
-    if spec.choices:
-        told += f": {', '.join(spec.choices)}"
-    notes = [part for part in (_range(spec) if spec.kind in ("integer", "number", "strengths") else "",) if part]
-    if spec.default not in (None, (), "", {}) and spec.kind != "switch":
-        notes.append(f"default {spec.default}")
-    elif spec.kind == "switch":
+    notes = [f"one of {', '.join(spec.choices)}"] if spec.choices else []
+    if spec.kind in ("integer", "number", "strengths") and (allowed := _range(spec)):
+        notes.append(allowed)
+    if spec.kind == "switch":
         notes.append(f"default {'yes' if spec.default else 'no'}")
-    return f"{told} ({', '.join(notes)})" if notes else told
+    elif spec.default not in (None, (), "", {}):
+        notes.append(f"default {spec.default}")
+    told = spec.about.rstrip(".")
+    return f"{told} ({'; '.join(notes)})" if notes else told
 
 
 def from_flags(request: type[R], namespace: argparse.Namespace, base: R | None = None) -> R:

@@ -42,9 +42,9 @@ class GenerateRequest(Request):
         (),
         "How the person is brought in: arc2face, instantid, ip_adapter_faceid, a folder or a file; several act as one.",
     )
-    strength: Strengths = strengths(
-        1.0, "How strongly: a number, a curve over the steps, or one of these per adapter.",
-        low=0, high=3, slider=(0, 1.5, 0.05),
+    strength: Strengths | None = strengths(
+        None, "How strongly: a number, a curve over the steps, or these by adapter; the adapter's own by default.",
+        low=0, high=3, optional=True,
     )  # fmt: skip
     control_strength: Strengths | None = strengths(
         None, "InstantID: how closely the pose of the first photo is kept; the adapter's own choice by default.",

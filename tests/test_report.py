@@ -41,11 +41,9 @@ class Judge:
 
 
 class Words:
-    def asked(self, prompt: str) -> tuple[str, ...]:
-        return tuple(prompt.split(", "))
-
-    def shown(self, prompt: str, image: Any) -> tuple[str, ...]:
-        return self.asked(prompt)[:1]
+    def obedience(self, prompt: str, image: Any) -> Obedience:
+        asked = tuple(prompt.split(", "))
+        return Obedience(asked=asked, hit=asked[:1])
 
 
 def test_the_line_says_the_person_the_faces_and_the_prompt() -> None:

@@ -1,0 +1,648 @@
+"""The command line: a verb per file of pipelines/, a flag per field of its request, and a few verbs about the house.
+
+Only light modules are imported before a verb runs, so that ``--help`` is instant. What goes wrong for the user is one
+sentence on stderr and exit code 2; Ctrl-C is 130; 1 is a mistake of ours, with its traceback under ``--debug``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, cast
+
+from facegen import __version__
+from facegen.errors import FacegenError, WrongRequest
+from facegen.request import (
+    Request,
+    add_flags,
+    choice,
+    flag,
+    from_flags,
+    integer,
+    number,
+    photo,
+    photos,
+    specs,
+    suggestion,
+    switch,
+    text,
+)
+
+if TYPE_CHECKING:
+    from facegen.pipeline import Pipeline, Progress
+
+log = logging.getLogger("facegen")
+Verb = Callable[[argparse.Namespace], int]
+
+
+# what the verbs about the house take
+
+
+@dataclass(frozen=True, kw_only=True)
+class LookRequest(Request):
+    task: ClassVar[str] = "Find the faces in photos: where they are, how sure that is, how large they are."
+
+    photos: tuple[Any, ...] = photos("Photos to look at.", positional=True)
+    pack: str = text("mini", "Face analysis: mini, buffalo_l, antelopev2 or a folder.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareRequest(Request):
+    task: ClassVar[str] = "Say whether two photos show the same person."
+
+    first: Any = photo("One photo.", positional=True, optional=False)
+    second: Any = photo("The other photo.", positional=True, optional=False)
+    pack: str = text("mini", "Face analysis: mini, buffalo_l, antelopev2 or a folder.")
+    select: str = choice("only", "Which face of a photo that shows several.", ("only", "largest", "central"))
+    threshold: float | None = number(
+        None, "Cosine from which on two photos count as one person; the pack's own by default.",
+        low=-1, high=1, optional=True,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorldRequest(Request):
+    task: ClassVar[str] = "Draw people of the face world: a sheet to look at, or a dataset to train on."
+
+    kind: str = choice(
+        "sheet", "What to make", ("sheet", "expressions", "attributes", "folder", "webdataset"), positional=True
+    )
+    people: int = integer(6, "How many people.", low=1, high=10_000_000)
+    pictures: int = integer(6, "How many pictures of each.", low=1, high=100_000)
+    first_person: int = integer(0, "Number of the first person; from 100000 on they are held out of training.", low=0)
+    size: int = integer(256, "Side of a picture in pixels.", low=32, high=2048, multiple=16)
+    seed: int = integer(0, "Which world.", low=0, high=2**53)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoRequest(Request):
+    task: ClassVar[str] = "Open the demo in a browser."
+
+    model: str = text("mini", "Base model: mini, sd15, sdxl, a hub id, a folder or a single file.")
+    host: str = text("127.0.0.1", "Address to listen on; 0.0.0.0 lets other machines in.")
+    port: int = integer(7860, "Port to listen on.", low=1, high=65535)
+    open_browser: bool = switch(False, "Open a browser window.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HelloRequest(Request):
+    task: ClassVar[str] = "Paint one person in different hair, light and moods: a labelled sheet and its portraits."
+
+    faces: tuple[Any, ...] = photos("Photos of one person, or example:1 to example:999.", positional=True)
+    adapter: str | None = text(
+        cast(str, None), "How the person is brought in: arc2face, instantid or ip_adapter_faceid.", optional=True
+    )
+    num_inference_steps: int = integer(20, "How many denoising steps.", low=1, high=1000, alias="steps")
+    guidance_scale: float = number(4.0, "How closely to follow the prompts.", low=0, high=50, alias="guidance")
+    seed: int = integer(1, "Where the noise starts.", low=0, high=2**53)
+    count: int = integer(12, "How many portraits.", low=1, high=12)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """One verb: what it is for, whose fields are its flags, what else it takes, and what it does."""
+
+    about: str
+    run: Verb
+    requests: tuple[type[Request], ...] = ()
+    more: Callable[[argparse.ArgumentParser], None] | None = None
+    example: str = ""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in words
+    try:
+        return _dispatch(words)
+    except FacegenError as error:
+        _complain(str(error), debug)
+        return error.exit_code
+    except KeyboardInterrupt:
+        _complain("Stopped; what was finished is whole, nothing half-written is left.", debug)
+        return 130
+    except BrokenPipeError:
+        # The reader (head, less) has gone; flushing at exit would complain once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        reason = str(error).strip().splitlines() or ["no reason given"]
+        _complain(
+            f"A mistake in facegen: {type(error).__name__}: {reason[0]} "
+            "(run it again with --debug for the whole story, and report it).",
+            debug,
+        )
+        return 1
+
+
+def _complain(sentence: str, debug: bool) -> None:
+    if debug:
+        import traceback
+
+        traceback.print_exc()
+    sys.stderr.write(f"facegen: {sentence}\n")
+
+
+def say(line: str = "") -> None:
+    """A line of the result, on stdout."""
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
+def _dispatch(words: list[str]) -> int:
+    verb = words[0] if words else "--help"
+    if verb in ("-h", "--help", "help"):
+        say(overview())
+        return 0
+    if verb in ("-V", "--version"):
+        say(f"facegen {__version__}")
+        return 0
+    known = commands()
+    if verb not in known:
+        raise WrongRequest(f"There is no command '{verb}'{suggestion(verb, known)}.")
+    command = known[verb]
+    parser = _parser(verb, command)
+    arguments, unknown = parser.parse_known_args(words[1:])
+    if unknown:
+        flags = [flag for action in parser._actions for flag in action.option_strings]
+        hint = suggestion(unknown[0].split("=")[0], flags) if unknown[0].startswith("-") else ""
+        hint = hint if "perhaps" in hint else f"; see facegen {verb} --help"
+        raise WrongRequest(f"facegen {verb} does not know '{unknown[0]}'{hint}.")
+    logging.basicConfig(
+        level=logging.DEBUG if arguments.debug else logging.ERROR if arguments.quiet else logging.WARNING,
+        format="facegen: %(message)s",
+        stream=sys.stderr,
+    )
+    return command.run(arguments)
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose complaints are ours: one sentence, exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        raise WrongRequest(f"{message[0].upper()}{message[1:]}; see {self.prog} --help.")
+
+
+def _parser(verb: str, command: Command) -> _Parser:
+    parser = _Parser(
+        prog=f"facegen {verb}",
+        usage=f"facegen {verb} {_usage(command)}[flags]",
+        description=command.about,
+        epilog=f"Example: {command.example}" if command.example else None,
+        allow_abbrev=False,
+    )
+    for request in command.requests:
+        add_flags(parser, request)
+    if command.more is not None:
+        command.more(parser)
+    parser.add_argument("--quiet", action="store_true", help="no progress bars, no warnings")
+    parser.add_argument("--debug", action="store_true", help="log everything, and show the traceback of a mistake")
+    return parser
+
+
+def _usage(command: Command) -> str:
+    """The positional words of a command."""
+    known = [spec for request in command.requests for spec in specs(request).values() if spec.positional]
+    words = ["PHOTO …" if spec.kind == "photos" else spec.kind.upper() for spec in known]
+    return "".join(f"{word} " for word in words) + ("PICTURE " if command.run is _read else "")
+
+
+def overview() -> str:
+    """The top level's help."""
+    known = commands()
+    width = max(map(len, known))
+    verbs = "\n".join(f"  {name:<{width}}  {command.about}" for name, command in known.items())
+    return (
+        f"facegen {__version__}: pictures of a person, made from their photos.\n\n"
+        f"facegen <command> --help tells the flags of a command.\n\n{verbs}\n\n"
+        "First try:  facegen hello"
+    )
+
+
+def commands() -> dict[str, Command]:
+    """All verbs: the tasks of pipelines/ first, then those about the house."""
+    from facegen.pipeline import Loading, task, tasks
+
+    painting = {}
+    for name in tasks():
+        request = task(name).request_class
+        painting[name] = Command(
+            about=request.task,
+            run=_paint(name),
+            requests=(request, Loading),
+            more=_outputs,
+            example=EXAMPLES.get(name, ""),
+        )
+    return {"hello": HELLO, **painting, **HOUSE}
+
+
+EXAMPLES = {"generate": 'facegen generate me.jpg --prompt "portrait, red hair, in the rain" --seed 7'}
+
+
+def _outputs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "-o", "--output", default="outputs", metavar="PATH", help="a folder, or a .png file (default outputs)"
+    )
+    _json_flag(parser)
+
+
+def _json_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="the result as JSON on stdout")
+
+
+# tasks
+
+
+def _paint(name: str) -> Verb:
+    def run(arguments: argparse.Namespace) -> int:
+        from facegen.pipeline import Loading, task
+
+        kind = task(name)
+        request = from_flags(kind.request_class, arguments)
+        loading = from_flags(Loading, arguments)
+        place = Place.of(arguments.output, name)
+        with _loading(arguments, loading.model):
+            pipe = kind.load(loading)
+        _make(pipe, request, place, arguments)
+        return 0
+
+    return run
+
+
+def _make(pipe: Pipeline[Any], request: Any, place: Place, arguments: argparse.Namespace) -> list[Path]:
+    """Make the pictures of a request, save each as soon as it is finished, and tell of it."""
+    asked = pipe.resolve(request)
+    several = getattr(asked, "num_images_per_prompt", 1) > 1
+    written = []
+    with bar(arguments) as progress:
+        for picture, report in pipe.stream(asked, watch=_watch(progress)):
+            assert picture.record is not None
+            seed = getattr(asked, "seed", None)
+            path = place.path(picture.record.index, several, None if seed is None else seed + picture.record.index)
+            picture.save(path)
+            written.append(path)
+            with progress.aside():
+                if arguments.json:
+                    say(json.dumps({"path": str(path), "report": report.to_json()}, ensure_ascii=False))
+                else:
+                    say(f"{path}  {report}")
+    return written
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where pictures go: one named file, or new files in a folder. Known to be writable before any work is done."""
+
+    folder: Path
+    stem: str
+    named: bool  # the user gave the file's name, so an older one is replaced
+
+    @classmethod
+    def of(cls, output: str, stem: str) -> Place:
+        path = Path(output).expanduser()
+        if path.suffix and not path.is_dir():
+            if path.suffix.lower() != ".png":
+                raise WrongRequest(f"The output {output} must be a folder or a .png file; only PNG holds the metadata.")
+            place = cls(path.parent, path.stem, True)
+        else:
+            place = cls(path, stem, False)
+        writable(place.folder)
+        return place
+
+    def path(self, index: int, several: bool, seed: int | None) -> Path:
+        if self.named:
+            return self.folder / (f"{self.stem}-{index + 1}.png" if several else f"{self.stem}.png")
+        stem = self.stem if seed is None else f"{self.stem}-{seed}"
+        path, place = self.folder / f"{stem}.png", 1
+        while path.exists():
+            place += 1
+            path = self.folder / f"{stem}-{place}.png"
+        return path
+
+
+def writable(folder: Path) -> None:
+    """Make the folder if need be; raises :class:`facegen.errors.OutputUnwritable` unless files can be made in it."""
+    import tempfile
+
+    from facegen.errors import OutputUnwritable
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OutputUnwritable(
+            f"Cannot write to {folder}: {error.strerror or error}; choose another place with --output."
+        ) from error
+
+
+class Bar:
+    """A progress bar on stderr, shown only to people."""
+
+    def __init__(self, quiet: bool) -> None:
+        from tqdm import tqdm
+
+        # disable=None hides the bar where stderr is no terminal
+        self._bar: Any = tqdm(
+            total=0, disable=True if quiet else None, file=sys.stderr, leave=False, unit="step", dynamic_ncols=True
+        )
+
+    def show(self, done: int, total: int, stage: str) -> None:
+        self._bar.total = total
+        self._bar.set_description_str(stage, refresh=False)
+        self._bar.update(done - self._bar.n)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """The bar makes room for a line of the result."""
+        self._bar.clear()
+        yield
+        self._bar.refresh()
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+@contextmanager
+def bar(arguments: argparse.Namespace) -> Iterator[Bar]:
+    made = Bar(arguments.quiet)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+@contextmanager
+def _loading(arguments: argparse.Namespace, what: str) -> Iterator[None]:
+    """A line on a terminal while a model loads, wiped afterwards."""
+    shown = sys.stderr.isatty() and not arguments.quiet
+    if shown:
+        sys.stderr.write(f"loading {what} …\r")
+        sys.stderr.flush()
+    yield
+    if shown:
+        sys.stderr.write("\x1b[K")
+
+
+def _watch(progress: Bar) -> Any:
+    from facegen.pipeline import Watch
+
+    def tell(now: Progress) -> None:
+        progress.show(now.done, now.total, now.stage)
+
+    return Watch(on_progress=tell)
+
+
+def _hello(arguments: argparse.Namespace) -> int:
+    from facegen import hello
+    from facegen.images import save_png
+    from facegen.pipeline import Loading, task
+
+    request = from_flags(HelloRequest, arguments)
+    loading = from_flags(Loading, arguments)
+    place = Place.of(arguments.output, "hello")
+    began = time.monotonic()
+    with _loading(arguments, loading.model):
+        pipe = task("generate").load(loading)
+    made: list[hello.Portrait] = []
+    with bar(arguments) as progress:
+        for portrait in hello.portraits(pipe, request, lambda now: progress.show(now.done, now.total, "painting")):
+            path = place.path(len(made), True, None)
+            portrait.picture.save(path)
+            made.append(portrait)
+            with progress.aside():
+                if arguments.json:
+                    told = {"path": str(path), "prompt": portrait.prompt, "report": portrait.report.to_json()}
+                    say(json.dumps(told, ensure_ascii=False))
+                elif not arguments.quiet:
+                    say(f"{path}  {portrait.label}: {portrait.report}")
+    path = save_png(hello.sheet(request.faces, made), place.folder / f"{place.stem}-sheet.png")
+    if not arguments.json:
+        say(f"{path}  {len(made)} portraits of one person in {time.monotonic() - began:.0f} s")
+    return 0
+
+
+def _look(arguments: argparse.Namespace) -> int:
+    from facegen import look
+
+    request = from_flags(LookRequest, arguments)
+    if not request.photos:
+        raise WrongRequest("Give at least one photo to look at.")
+    sights = look.look(request.photos, request.pack)
+    saving = Place.of(arguments.save, "look") if arguments.save else None
+    for index, sight in enumerate(sights):
+        if saving is not None:
+            look.annotated(sight).save(saving.path(index, len(request.photos) > 1, None))
+        say(json.dumps(sight.to_json(), ensure_ascii=False) if arguments.json else str(sight))
+    return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from facegen import look
+
+    asked = from_flags(CompareRequest, arguments)
+    verdict = look.compare(asked.first, asked.second, asked.pack, cast(look.Select, asked.select), asked.threshold)
+    say(json.dumps(verdict.to_json(), ensure_ascii=False) if arguments.json else str(verdict))
+    return 0
+
+
+def _world(arguments: argparse.Namespace) -> int:
+    from facegen.world import studio
+
+    request = from_flags(WorldRequest, arguments)
+    return studio.make(request, arguments)
+
+
+def _read(arguments: argparse.Namespace) -> int:
+    from facegen import metadata
+
+    record = metadata.read(arguments.picture)
+    if arguments.run:
+        return _again(record, arguments)
+    if arguments.json:
+        say(json.dumps(record.to_json(), ensure_ascii=False))
+        return 0
+    say(command_line(record))
+    for name, value in _story(record):
+        say(f"  {name:<10} {value}")
+    return 0
+
+
+def _again(record: Any, arguments: argparse.Namespace) -> int:
+    """Make the picture once more, and say whether it is the same to the last bit."""
+    import numpy as np
+
+    from facegen import examples, metadata
+    from facegen.images import load_rgb
+    from facegen.pipeline import rebuild, task
+
+    loading, request = rebuild(record)
+    for recorded in record.photos():
+        if complaint := metadata.changed(recorded, examples.photo):
+            raise WrongRequest(f"{complaint} Without it the picture cannot be made again.")
+    stem = Path(arguments.picture).stem
+    place = Place.of(arguments.output, f"{stem}-again")
+    with _loading(arguments, loading.model):
+        pipe = task(record.pipeline).load(loading)
+    with bar(arguments) as progress:
+        ((picture, report),) = pipe.stream(pipe.resolve(request), watch=_watch(progress), indices=[record.index])
+    path = place.path(record.index, False, None)
+    picture.save(path)
+    before, now = (np.asarray(image, dtype=np.int16) for image in (load_rgb(arguments.picture), picture))
+    difference = int(np.abs(before - now).max()) if before.shape == now.shape else 255
+    changes = [] if picture.record is None else _changes(record, picture.record)
+    if arguments.json:
+        told = {"path": str(path), "max_difference": difference, "changes": changes, "report": report.to_json()}
+        say(json.dumps(told, ensure_ascii=False))
+        return 0
+    same = (
+        "the same picture to the last bit" if difference == 0 else f"differs by up to {difference} of 255 grey levels"
+    )
+    say(f"{path}  {same}; {report}")
+    for change in changes:
+        say(f"  {change}")
+    return 0
+
+
+def _changes(before: Any, now: Any) -> list[str]:
+    """What is not as it was when a picture was made."""
+    names = {"sha256": "base model", "device": "device", "dtype": "precision", "adapters": "adapter", "loras": "LoRA"}
+    told = [f"another {said} than then" for name, said in names.items() if before.loaded[name] != now.loaded[name]]
+    if before.version != now.version:
+        told = [f"made by facegen {before.version}, this is {now.version}", *told]
+    return told
+
+
+def command_line(record: Any) -> str:
+    """The command that makes a picture again, with the flags that differ from their defaults."""
+    import shlex
+
+    from facegen.pipeline import rebuild
+
+    loading, request = rebuild(record)
+    words = ["facegen", record.pipeline]
+    for part in (request, loading):
+        for name, spec in specs(type(part)).items():
+            if getattr(part, name) != spec.default:
+                words += _words(flag(name), spec.kind, getattr(part, name))
+    return shlex.join(words)
+
+
+def _words(name: str, kind: str, value: Any) -> list[str]:
+    if kind == "switch":
+        return [name if value else name.replace("--", "--no-", 1)]
+    if kind in ("photos", "names"):
+        return [name, *map(str, value)]
+    if kind == "strengths" and isinstance(value, Mapping):
+        return [name, *(f"{key}={_curve(one)}" for key, one in value.items())]
+    if kind == "strengths":
+        return [name, _curve(value)]
+    return [name, str(value)]
+
+
+def _curve(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
+
+
+def _story(record: Any) -> list[tuple[str, str]]:
+    """What else is known of a picture."""
+    report = record.report
+    told = [
+        ("made by", f"facegen {record.version} (AI-generated)"),
+        ("picture", f"number {record.index + 1} of its call"),
+    ]
+    told += [("photo", f"{one.get('path') or 'not a file'}  {_short(one)}") for one in record.photos()]
+    told.append(("model", f"{record.loaded.get('model')}  {_short(record.loaded)}"))
+    told += [("adapter", f"{name}  {_short(one)}") for name, one in record.loaded.get("adapters", {}).items()]
+    if report.get("likeness"):
+        told.append(("likeness", f"{report['likeness']['cosine']:.2f}"))
+    return told
+
+
+def _short(recorded: Mapping[str, Any]) -> str:
+    return f"sha256 {str(recorded.get('sha256'))[:16]}…"
+
+
+def _weights(arguments: argparse.Namespace) -> int:
+    from facegen import hub
+
+    rows = hub.listing()
+    if arguments.json:
+        say(json.dumps([row.to_json() for row in rows]))
+        return 0
+    for row in rows:
+        say(str(row))
+    return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from facegen import doctor
+
+    return doctor.main(json_output=arguments.json)
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    request = from_flags(DemoRequest, arguments)
+    from facegen.demos.app import launch
+
+    launch(model=request.model, host=request.host, port=request.port, open_browser=request.open_browser)
+    return 0
+
+
+def _picture_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("picture", help="a PNG that facegen saved")
+    parser.add_argument("--run", action="store_true", help="make the picture again and compare")
+    _outputs(parser)
+
+
+def _look_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--save", metavar="PATH", help="also save the photos with the faces drawn in: folder or .png")
+    _json_flag(parser)
+
+
+def _hello_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "-o",
+        "--output",
+        default="outputs/hello",
+        metavar="FOLDER",
+        help="where the pictures go (default outputs/hello)",
+    )
+    _json_flag(parser)
+
+
+def _loading_request() -> type[Request]:
+    from facegen.pipeline import Loading
+
+    return Loading
+
+
+HELLO = Command(
+    about=HelloRequest.task, run=_hello, requests=(HelloRequest,), more=_hello_flags, example="facegen hello"
+)
+HOUSE: Mapping[str, Command] = {
+    "look": Command(
+        about=LookRequest.task, run=_look, requests=(LookRequest,), more=_look_flags,
+        example="facegen look party.jpg --save seen.png",
+    ),
+    "compare": Command(
+        about=CompareRequest.task, run=_compare, requests=(CompareRequest,), more=_json_flag,
+        example="facegen compare one.jpg other.jpg",
+    ),
+    "read": Command(
+        about="Tell how a saved picture was made, and make it again.", run=_read, more=_picture_flags,
+        example="facegen read outputs/generate-7.png --run",
+    ),
+    "weights": Command(about="List the weights that are known: where they are, where they come from, their licences.",
+        run=_weights, more=_json_flag),
+    "doctor": Command(about="Say what is missing on this machine and how to mend it.", run=_doctor, more=_json_flag),
+    "demo": Command(about=DemoRequest.task, run=_demo, requests=(DemoRequest,)),
+}  # fmt: skip
