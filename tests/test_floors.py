@@ -25,14 +25,15 @@ FLOORS = (
     {"request"},
     {"images", "hub", "checkpoints"},
     {"attention", "face", "world"},
-    {"conditions", "metadata"},
+    {"conditions", "examples", "metadata", "look"},
     {"models", "memory", "schedulers"},
     {"denoise"},
     {"adapter", "adapters"},
     {"training", "evaluation", "report"},
-    {"examples", "pipeline"},
+    {"pipeline"},
     {"pipelines"},
-    {"doctor", "cli"},
+    {"doctor", "hello"},
+    {"cli"},
     {"demos"},
 )
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
