@@ -271,7 +271,7 @@ def load(source: str | Path, model: Model) -> tuple[Adapter, Path]:
     if not path.exists():
         name = str(source)
         kind = find_adapters().get(name)
-        beside = None if model.source is None else model.source.parent / "adapters" / name
+        beside = None if (folder := getattr(model, "source", None)) is None else folder.parent / "adapters" / name
         if beside is not None and beside.is_dir():
             path = beside
         else:

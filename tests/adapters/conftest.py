@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from facegen.adapter import Adapter, find_adapters
 from facegen.conditions import Condition, TextCondition
@@ -34,6 +34,7 @@ class Photo:
 
 
 def photo(seed: int, size: tuple[int, int] = (96, 128)) -> Photo:
+    """Noise with a face said to be in it."""
     generator = np.random.default_rng(seed)
     pixels = generator.integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
     points = np.array([[30, 50], [60, 50], [45, 65], [33, 80], [57, 80]], np.float32)
@@ -69,7 +70,7 @@ def other_model(tiny_sdxl: Path) -> Model:
     return Model.from_pretrained(tiny_sdxl, device="cpu", dtype=torch.float32)
 
 
-def fresh(name: str, model: Model) -> Adapter:
+def make(name: str, model: Model) -> Adapter:
     """A small adapter of a family, its weights moved away from the start at which it changes nothing."""
     width = model.text_width
     small: dict[str, dict[str, Any]] = {
@@ -88,7 +89,19 @@ def fresh(name: str, model: Model) -> Adapter:
 
 @pytest.fixture(params=sorted(find_adapters()))
 def adapter(request: pytest.FixtureRequest, model: Model) -> Adapter:
-    return fresh(request.param, model)
+    return make(request.param, model)
+
+
+@pytest.fixture
+def fresh(model: Model) -> Callable[[str], Adapter]:
+    """A small adapter by name."""
+    return lambda name: make(name, model)
+
+
+@pytest.fixture
+def photos() -> Callable[[int], Photo]:
+    """photos(seed): the face of a person."""
+    return photo
 
 
 @pytest.fixture(scope="session")
@@ -105,12 +118,3 @@ def call(model: Model) -> Callable[..., Tensor]:
             return model.predict(one.expand(rows, -1, -1, -1), 500, prepared.throughout())
 
     return run
-
-
-def checksum(*modules: nn.Module) -> list[float]:
-    return [float(value.double().abs().sum()) for module in modules for value in module.state_dict().values()]
-
-
-def rel(got: Tensor, wanted: Tensor) -> float:
-    """max|got - wanted| / max|wanted|."""
-    return float((got - wanted).abs().max() / wanted.abs().max())
