@@ -60,8 +60,10 @@ def render_cache(folder: Path, plan: CachePlan, worker: int = 0, workers: int = 
     from tqdm import tqdm
 
     _agree(folder, plan)
-    shards = [s for s in range(worker, plan.shards, workers) if not (folder / f"{s:05d}").is_dir()]
-    for shard in tqdm(shards, desc=f"worker {worker}", mininterval=20.0):
+    drawn = 0
+    for shard in tqdm(range(worker, plan.shards, workers), desc=f"worker {worker}", mininterval=20.0):
+        if (folder / f"{shard:05d}").is_dir():
+            continue
         arrays = _draw(plan, *plan.names(shard))
         unfinished = folder / f".{shard:05d}.{os.getpid()}"
         unfinished.mkdir(exist_ok=True)
@@ -69,9 +71,10 @@ def render_cache(folder: Path, plan: CachePlan, worker: int = 0, workers: int = 
             np.save(unfinished / f"{name}.npy", array)
         try:
             os.rename(unfinished, folder / f"{shard:05d}")
+            drawn += 1
         except OSError:  # another worker was faster
             shutil.rmtree(unfinished)
-    return len(shards)
+    return drawn
 
 
 def _agree(folder: Path, plan: CachePlan) -> None:
