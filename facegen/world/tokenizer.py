@@ -26,16 +26,16 @@ _MORE_WORDS = """
 above adult angle anime art artistic at attractive baby bad beautiful behind best between big black blurred body both
 bright business by camera cartoon casual cheek cheeks child cinematic city clear close color colorful colour confident
 contrast cool couple curious cute day deep deformed depth detail detailed digital distorted dramatic drawing ear ears
-elegant evening expression eye eyebrow eyebrows face faces family fashion field film fine flowers focus for forest formal
-frame from front full funny garden gold half hand hands handsome hd head headphones helmet her high highlights him his
-holding home id identity illustration image indoors into it jewelry kid kind large leather lens light lighting like little
-look low make man mask masterpiece me medium mood moody natural nature near neck necklace neon new nice night nose of oil
-on outdoors outside painted painting park pencil people perfect photo photograph photographer photographic photography
-photorealistic piercing pose posing pretty professional profile proud quality rain real realistic render retro rich room
-scarf scene selfie shadow shadows sharp shiny shot shoulder shoulders side simple sketch skin sky sleepy slightly small
-smart snow soft standing strong studio style stylish subject subtle summer sun sunlight sunset sweet tattoo teeth texture
-that them thick thin this tie tired to tongue tree two ugly uniform very view vintage vivid watercolor wide wild window
-winter worst wrinkles year years
+elegant evening expression eye eyebrow eyebrows face faces family fashion field film fine flowers focus for forest
+formal frame from front full funny garden gold half hand hands handsome hd head headphones helmet her high highlights
+him his holding home id identity illustration image indoors into it jewelry kid kind large leather lens light lighting
+like little look low make man mask masterpiece me medium mood moody natural nature near neck necklace neon new nice
+night nose of oil on outdoors outside painted painting park pencil people perfect photo photograph photographer
+photographic photography photorealistic piercing pose posing pretty professional profile proud quality rain real
+realistic render retro rich room scarf scene selfie shadow shadows sharp shiny shot shoulder shoulders side simple
+sketch skin sky sleepy slightly small smart snow soft standing strong studio style stylish subject subtle summer sun
+sunlight sunset sweet tattoo teeth texture that them thick thin this tie tired to tongue tree two ugly uniform very
+view vintage vivid watercolor wide wild window winter worst wrinkles year years
 """
 _MARKS = (",", ".", "-", "'", '"', "(", ")", ":", ";", "!", "?", "&", "+", "/", "'s", "'t")
 
