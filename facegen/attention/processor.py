@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +23,8 @@ from facegen.attention.weights import add_low_rank, layer_widths
 from facegen.errors import WrongBaseModel
 
 if TYPE_CHECKING:
-    from diffusers import UNet2DConditionModel
     from diffusers.models.attention_processor import Attention
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 KeyValue = tuple[Tensor, Tensor]
 """Keys and values split into heads, (R, H, N, d) each; R rows: [uncond, cond] × pictures, or pictures alone."""
@@ -115,7 +115,7 @@ class FacegenAttention:
 
     def __call__(
         self,
-        attn: Attention,
+        attn: Any,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,

@@ -23,7 +23,8 @@ from facegen.models.lora import text_module, wearing
 from facegen.models.prepared import Now, Prepared
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
 
 logger = logging.getLogger(__name__)
@@ -227,7 +228,7 @@ class Model(ABC):
     def _vae_dtype(self) -> torch.dtype:
         """The VAE's precision: SDXL's overflows in float16 and is widened, for good, the first time it is used."""
         if self.vae.dtype == torch.float16 and self.vae.config.get("force_upcast"):
-            self.vae.to(torch.float32)
+            nn.Module.to(self.vae, torch.float32)
         return self.vae.dtype
 
     # --- the step -----------------------------------------------------------------------------------------------
@@ -426,7 +427,8 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _load_part(folder: Path, name: str, dtype: torch.dtype, variant: str | None) -> nn.Module:
-    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
     from safetensors import SafetensorError
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
@@ -438,7 +440,7 @@ def _load_part(folder: Path, name: str, dtype: torch.dtype, variant: str | None)
         if name == "vae":
             return AutoencoderKL.from_pretrained(str(place), torch_dtype=dtype, **common)
         # transformers strips old key prefixes by class name; a subclass would silently keep random weights.
-        kind = CLIPTextModelWithProjection if name == "text_encoder_2" else CLIPTextModel
+        kind: Any = CLIPTextModelWithProjection if name == "text_encoder_2" else CLIPTextModel
         encoder, report = kind.from_pretrained(str(place), dtype=dtype, output_loading_info=True, **common)
         lacking = [key for key in report["missing_keys"] if not key.endswith("position_ids")]
         if lacking:
@@ -453,7 +455,8 @@ def _from_file(path: Path, dtype: torch.dtype) -> dict[str, Any]:
 
     Raises WeightsMissing when diffusers needs configuration files that are not on this machine.
     """
-    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+    from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
 
     from facegen.checkpoints import refuse, shapes
 

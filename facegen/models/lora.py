@@ -49,14 +49,15 @@ def load_lora(path: str | Path, model: Model, *, scale: Scale = 1.0) -> LoraCond
 
 def _to_diffusers(tensors: Mapping[str, Tensor], model: Model) -> tuple[dict[str, Tensor], dict[str, float]]:
     """kohya's flat names → diffusers' dotted ones; alphas apart."""
-    from diffusers import StableDiffusionXLPipeline
+    from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
 
     plain = {key: value for key, value in tensors.items() if not key.endswith(".alpha")}
     if not all(key.startswith(("lora_te", "lora_unet_")) for key in tensors):
         own = {key[: -len(".alpha")]: float(value) for key, value in tensors.items() if key.endswith(".alpha")}
         return plain, own
     try:
-        converted, alphas = StableDiffusionXLPipeline.lora_state_dict(dict(tensors), unet_config=model.unet.config)
+        read_kohya: Any = StableDiffusionXLPipeline.lora_state_dict
+        converted, alphas = read_kohya(dict(tensors), unet_config=model.unet.config)
     except (ValueError, KeyError, IndexError) as error:
         raise WrongBaseModel(f"The LoRA's layers are not those of the loaded base model: {error}") from error
     return dict(converted), {key[: -len(".alpha")]: float(value) for key, value in (alphas or {}).items()}
@@ -64,7 +65,7 @@ def _to_diffusers(tensors: Mapping[str, Tensor], model: Model) -> tuple[dict[str
 
 def _pair_up(plain: Mapping[str, Tensor], alphas: Mapping[str, float], path: Path) -> dict[str, LowRankWeights]:
     """Module name → its down and up weights, from every spelling diffusers and peft have used."""
-    from diffusers.utils import convert_state_dict_to_peft, convert_unet_state_dict_to_peft
+    from diffusers.utils.state_dict_utils import convert_state_dict_to_peft, convert_unet_state_dict_to_peft
 
     state = dict(plain)
     if not any("lora_A" in key for key in state):

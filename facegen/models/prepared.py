@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from facegen.attention.backends import Backend, sdpa
 from facegen.attention.processor import (
@@ -146,19 +146,12 @@ class Prepared:
 
     def rows(self, pair: Pair) -> Tensor:
         """(2, 1 or B, …) → (R, …) on the model's device, in its dtype; raises WrongRequest for another batch."""
-        return self._spread(self._halves(pair))
-
-    def _halves(self, pair: Pair) -> Tensor:
-        """The halves that this call needs, (2 or 1, 1 or B, …)."""
         if pair.shape[1] not in (1, self.batch):
             raise WrongRequest(
                 f"A condition is for {pair.shape[1]} pictures, but {self.batch} are made; give it 1 or {self.batch}."
             )
-        half = pair if self.guidance else pair[1:]
-        return half.to(self.model.device, self.model.dtype) if half.is_floating_point() else half.to(self.model.device)
-
-    def _spread(self, halves: Tensor) -> Tensor:
-        """(h, 1 or B, …) → (h·B, …)."""
+        halves = pair if self.guidance else pair[1:]
+        halves = halves.to(self.model.device, self.model.dtype)
         return halves.expand(halves.shape[0], self.batch, *halves.shape[2:]).flatten(0, 1)
 
     # --- attention ----------------------------------------------------------------------------------------------
@@ -237,7 +230,7 @@ class Prepared:
 
     def _stream_keys(self, condition: TokenCondition) -> dict[int, KeyValue]:
         """Keys and values of a token stream at each of its layers, (R, H, N, d)."""
-        halves = self._halves(condition.tokens)  # (2 or 1, 1 or B, N, D)
+        rows = self.rows(condition.tokens)  # (R, N, D)
         known = {layer.index: layer for layer in self.model.attention_layers if layer.cross}
         found: dict[int, KeyValue] = {}
         for index, kv in condition.layers.items():
@@ -248,22 +241,18 @@ class Prepared:
                     " cross-attention layer. It was made for another base model (Stable Diffusion 1.5 or XL)."
                 )
             weight = kv.to_k.weight
-            if weight.shape[1] != halves.shape[-1] or weight.shape[0] != layer.width:
+            if weight.shape[1] != rows.shape[-1] or weight.shape[0] != layer.width:
                 raise WrongBaseModel(
                     f"The adapter's weights at attention layer {index} map {weight.shape[1]} to {weight.shape[0]}"
-                    f" channels, the tokens have {halves.shape[-1]} and the loaded base model's layer {layer.width}."
+                    f" channels, the tokens have {rows.shape[-1]} and the loaded base model's layer {layer.width}."
                 )
-            tokens = halves.to(weight.device, weight.dtype)
-            found[index] = (
-                self._split(kv.to_k(tokens), layer),
-                self._split(kv.to_v(tokens), layer),
-            )
+            tokens = rows.to(weight.device, weight.dtype)
+            found[index] = self._split(kv.to_k(tokens), layer), self._split(kv.to_v(tokens), layer)
         return found
 
     def _split(self, x: Tensor, layer: AttentionLayer) -> Tensor:
-        """(h, 1 or B, N, C) → (R, H, N, d)."""
-        x = x.to(self.model.device)
-        return split_heads(self._spread(x), layer.module.heads)
+        """(R, N, C) → (R, H, N, d)."""
+        return split_heads(x.to(self.model.device), layer.module.heads)
 
     def _text_keys(self, now: Now, streams: Sequence[tuple[TokenCondition, float]]) -> Mapping[int, KeyValue]:
         """The prompt's keys and values at each cross-attention layer.
@@ -277,13 +266,13 @@ class Prepared:
         loras = tuple(s for _, s in now.of(LoraCondition))
         key = (id(text), tuple(id(c.lora) for c, _ in streams if c.lora is not None), loras)
         if self._text is None or self._text[0] != key:
-            halves = self._halves(text.embeds)  # (2 or 1, 1 or B, L, D)
+            rows = self.rows(text.embeds)  # (R, L, D)
             found: dict[int, KeyValue] = {}
             for layer in self.model.attention_layers:
                 if layer.cross:
                     low = _pairs([condition for condition, _ in streams], layer.index) or LowRankPairs()
-                    k = add_low_rank(halves, layer.module.to_k(halves), low.k)
-                    v = add_low_rank(halves, layer.module.to_v(halves), low.v)
+                    k = add_low_rank(rows, _linear(layer.module.to_k)(rows), low.k)
+                    v = add_low_rank(rows, _linear(layer.module.to_v)(rows), low.v)
                     found[layer.index] = self._split(k, layer), self._split(v, layer)
             self._text = key, found
         return self._text[1]
@@ -296,9 +285,9 @@ class Prepared:
         for condition, strength in references:
             if layer.index not in condition.states:
                 continue
-            states = self._halves(condition.states[layer.index])
-            keys.append(self._split(layer.module.to_k(states), layer))
-            values.append(self._split(layer.module.to_v(states), layer))
+            states = self.rows(condition.states[layer.index])
+            keys.append(self._split(_linear(layer.module.to_k)(states), layer))
+            values.append(self._split(_linear(layer.module.to_v)(states), layer))
             weight = torch.tensor(strength, device=self.model.device)
             if condition.mask is not None:
                 weight = weight * self.mask(condition.mask, layer.level, size)[0].float().clamp(0, 1)  # (L, 1)
@@ -315,16 +304,16 @@ class Prepared:
     def _hint(self, condition: ControlCondition) -> Tensor:
         """A control picture's embedding, (R, C, h, w)."""
         net = condition.controlnet
-        image = condition.image.to(next(net.parameters()))
+        image = condition.image
         if image.shape[0] not in (1, self.batch):
             raise WrongRequest(
                 f"A control picture is for {image.shape[0]} pictures, but {self.batch} are made;"
                 f" give it 1 or {self.batch}."
             )
+        halves = 2 if self.guidance else 1
+        rows = image.to(next(net.parameters())).expand(self.batch, -1, -1, -1).repeat(halves, 1, 1, 1)
         with self.model.memory.using(net):
-            embedding = control.hint(net, image)
-        halves = embedding.expand(2 if self.guidance else 1, *embedding.shape)
-        return self._spread(halves)
+            return control.hint(net, rows)
 
     def hint(self, condition: ControlCondition) -> Tensor:
         """The embedding of a control picture, computed when the conditions were prepared."""
@@ -375,3 +364,9 @@ def _pairs(streams: Sequence[TokenCondition], index: int) -> LowRankPairs | None
         return tuple(low.pair() for low in found if low is not None)
 
     return LowRankPairs(of("q"), of("k"), of("v"), of("out"))
+
+
+def _linear(module: nn.Module | None) -> nn.Module:
+    """The projection, which every SD attention layer has."""
+    assert module is not None
+    return module
