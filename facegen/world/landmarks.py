@@ -9,7 +9,7 @@ from torch import Tensor
 
 from facegen.world.fields import Knobs, power
 from facegen.world.geometry import SIDES, Measures, lip_line, shape, skull
-from facegen.world.raster import pose, project
+from facegen.world.raster import pose, project, turns
 
 JAW = 17
 
@@ -83,7 +83,7 @@ def landmarks68(k: Knobs, m: Measures, grid: tuple[Tensor, Tensor, Tensor], size
     rest = tuple(torch.cat([a, b], -1) for a, b in ((jx, x), (jy, y), (jz, z[:, None])))
     lower = torch.cat([(jy < m.mouth_y).float(), lower.expand(k.count, -1, -1)], -1)
     points = shape(k, m, (rest[0], rest[1], rest[2]), lower)  # (B, 1, 68, 3)
-    px, py = project(k, pose(k, points, 0)[:, 0], size)
+    px, py = project(k, pose(turns(k), points)[:, 0], size)
     return torch.stack([px, py], -1)
 
 
@@ -98,6 +98,6 @@ def face_box(k: Knobs, m: Measures, points: Tensor, size: int) -> Tensor:
     zero = torch.zeros_like(m.hairline)
     z = 0.80 - 0.45 * (m.hairline - 0.4)
     crown = torch.stack(torch.broadcast_tensors(zero, m.hairline, z), -1)
-    px, py = project(k, pose(k, crown, 0)[:, 0], size)
+    px, py = project(k, pose(turns(k), crown)[:, 0], size)
     whole = torch.cat([points, torch.stack([px, py], -1)], 1)
     return torch.cat([whole.amin(1), whole.amax(1)], 1)

@@ -89,17 +89,27 @@ def turn(points: Tensor, matrix: Tensor) -> Tensor:
     return torch.stack([m[row][0] * x + m[row][1] * y + m[row][2] * z + PIVOT[row] for row in range(3)], -1)
 
 
-def pose(k: Knobs, points: Tensor, follows: int) -> Tensor:
-    """Head or body points (B, H, W, 3) to camera space; the body follows the head a little, the neck in between."""
+@dataclass(frozen=True, eq=False)
+class Turns:
+    """How head and body of each picture are turned: matrices (B, 3, 3)."""
+
+    head: Tensor
+    body: Tensor
+
+
+def turns(k: Knobs) -> Turns:
+    """The body follows the head a little."""
     column = k.scenes.column
     head = rotation(column("yaw"), column("pitch"), column("roll"))
-    if follows == 0:
-        return turn(points, head)
-    body = rotation(0.22 * column("yaw"), 0 * column("pitch"), 0.10 * column("roll"))
-    if follows == 1:
-        return turn(points, body)
+    return Turns(head, rotation(0.22 * column("yaw"), 0 * column("pitch"), 0.10 * column("roll")))
+
+
+def pose(turned: Turns, points: Tensor, follows: int = 0) -> Tensor:
+    """Points (B, H, W, 3) of the head (0), the body (1) or the neck between both (2) to camera space."""
+    if follows < 2:
+        return turn(points, turned.body if follows else turned.head)
     t = smoothstep(-0.80, -1.50, points[..., 1])[..., None]
-    return turn(points, head) * (1 - t) + turn(points, body) * t
+    return turn(points, turned.head) * (1 - t) + turn(points, turned.body) * t
 
 
 def project(k: Knobs, points: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -131,39 +141,67 @@ def _normals(points: Tensor, split_row: int | None) -> Tensor:
     return unit(cross(du, dv))
 
 
+@dataclass(frozen=True, eq=False)
+class Topology:
+    """What a list of patches has in common over pictures; the fields are those of :class:`Mesh`."""
+
+    cells: Tensor
+    material: Tensor
+    facing: Tensor
+    side: Tensor
+    casts: Tensor
+
+
+Layout = tuple[int, int, int, int, int, bool]  # rows, columns, material, facing, side, casts
+
+
 @lru_cache(maxsize=256)
-def _cells(rows: int, columns: int, start: int, device: torch.device) -> Tensor:
-    corner = (
-        torch.arange(rows - 1, device=device)[:, None] * columns + torch.arange(columns - 1, device=device)
-    ).reshape(-1)
-    return torch.stack([corner, corner + 1, corner + columns, corner + columns + 1], 1) + start
+def _topology(layouts: tuple[Layout, ...], device: torch.device) -> Topology:
+    cells, casts, of_cell = [], [], []
+    start = 0
+    for rows, columns, material, facing, side, casting in layouts:
+        lines = torch.arange(rows - 1, device=device)[:, None] * columns
+        corner = (lines + torch.arange(columns - 1, device=device)).reshape(-1) + start
+        cells.append(torch.stack([corner, corner + 1, corner + columns, corner + columns + 1], 1))
+        casts.append(torch.full((rows * columns,), casting, device=device))
+        of_cell.append(torch.tensor([[material, facing, side]], device=device).expand(len(corner), 3))
+        start += rows * columns
+    material_of, facing_of, side_of = (values.contiguous() for values in torch.cat(of_cell).unbind(1))
+    return Topology(torch.cat(cells), material_of, facing_of, side_of, torch.cat(casts))
 
 
 def assemble(k: Knobs, patches: Sequence[Patch]) -> Mesh:
+    """Pose the patches and join them into one mesh."""
     batch, device = k.count, k.device
-    points, normals, rest, inside, cells, keep, material, facing, side, casts = ([] for _ in range(10))
-    start = 0
+    turned = turns(k)
+    one = torch.ones(1, 1, 1, device=device)
+    everywhere = torch.ones(1, 1, dtype=torch.bool, device=device)
+    points, normals, rest, inside, keep, layouts = [], [], [], [], [], []
     for patch in patches:
         at_rest = patch.points.expand(batch, -1, -1, -1)
         rows, columns = at_rest.shape[1:3]
-        posed = pose(k, at_rest, patch.follows)
+        posed = pose(turned, at_rest, patch.follows)
+        outward = _normals(posed, patch.split_row) * (-1 if patch.facing < 0 else 1)
         points.append(posed.reshape(batch, -1, 3))
-        normals.append(_normals(posed, patch.split_row).reshape(batch, -1, 3) * (-1 if patch.facing < 0 else 1))
+        normals.append(outward.reshape(batch, -1, 3))
         rest.append(patch.rest.expand(batch, rows, columns, 3).reshape(batch, -1, 3))
-        one = torch.ones(1, 1, 1, device=device)
         inside.append((one if patch.inside is None else patch.inside).expand(batch, rows, columns).reshape(batch, -1))
-        cells.append(_cells(rows, columns, start, device))
-        count = (rows - 1) * (columns - 1)
-        everywhere = torch.ones(1, 1, dtype=torch.bool, device=device)
-        keep.append((everywhere if patch.keep is None else patch.keep.reshape(batch, -1)).expand(batch, count))
-        material.append(torch.full((count,), patch.material, device=device))
-        facing.append(torch.full((count,), patch.facing, device=device))
-        side.append(torch.full((count,), patch.side, device=device))
-        casts.append(torch.full((rows * columns,), patch.casts, device=device))
-        start += rows * columns
-    return Mesh(*(torch.cat(list(parts), 1) for parts in (points, normals, rest, inside)),
-                cells=torch.cat(cells), keep=torch.cat(keep, 1), material=torch.cat(material), facing=torch.cat(facing),
-                side=torch.cat(side), casts=torch.cat(casts))  # fmt: skip
+        kept = everywhere if patch.keep is None else patch.keep.reshape(batch, -1)
+        keep.append(kept.expand(batch, (rows - 1) * (columns - 1)))
+        layouts.append((rows, columns, int(patch.material), patch.facing, patch.side, patch.casts))
+    shared = _topology(tuple(layouts), device)
+    return Mesh(
+        points=torch.cat(points, 1),
+        normals=torch.cat(normals, 1),
+        rest=torch.cat(rest, 1),
+        inside=torch.cat(inside, 1),
+        cells=shared.cells,
+        keep=torch.cat(keep, 1),
+        material=shared.material,
+        facing=shared.facing,
+        side=shared.side,
+        casts=shared.casts,
+    )
 
 
 def rasterise(k: Knobs, mesh: Mesh, size: int) -> Fragments:
@@ -225,11 +263,10 @@ def _z_buffer(picture: Tensor, cell: Tensor, corners: Tensor, batch: int, size: 
     owner = torch.repeat_interleave(count)  # (S,) row of the candidate a sample belongs to
     place = torch.arange(len(owner), device=owner.device) - (count.cumsum(0) - count)[owner]
     values = (p00, p01 - p00, p10 - p00, p11 - p10 - p01 + p00)
-    table = torch.stack([*_affine(p00, p01, p10), *_affine(p11, p10, p01),
-                         *(value[:, 2] for value in values), *(value[:, 3] for value in values), low[:, 0], low[:, 1]])  # fmt: skip
-    a0, ax, ay, b0, bx, by, c0, cx, cy, d0, dx, dy, z0, zu, zv, zuv, i0, iu, iv, iuv, left, top = table[
-        :, owner
-    ].unbind()
+    places = (*_affine(p00, p01, p10), *_affine(p11, p10, p01))
+    table = torch.stack([*places, *(value[:, i] for i in (2, 3) for value in values), low[:, 0], low[:, 1]])
+    at = table[:, owner].unbind()
+    a0, ax, ay, b0, bx, by, c0, cx, cy, d0, dx, dy, z0, zu, zv, zuv, i0, iu, iv, iuv, left, top = at
     wide = extent[:, 0][owner]
     line = torch.div(place, wide, rounding_mode="floor")
     column = (place - line * wide) + left.long()

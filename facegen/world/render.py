@@ -30,6 +30,7 @@ from facegen.world.wear import Material, collar_patches, earring_patches, glasse
 __all__ = ["PARSING", "Rendering", "render"]
 
 FARTHEST = -3.0
+GPU_BATCH = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +66,7 @@ def render(scenes: Scenes, size: int = 256, *, supersample: int = 2) -> Renderin
     if size < 16 or supersample < 1:
         raise ValueError(f"size must be at least 16 and supersample at least 1, not {size} and {supersample}.")
     # On a CPU one picture at a time stays in the cache, is faster, and skips parts which this picture does not have.
-    chunk = 1 if scenes.identity.device.type == "cpu" else max(1, len(scenes))
+    chunk = 1 if scenes.identity.device.type == "cpu" else GPU_BATCH
     parts = [
         _render(scenes[start : start + chunk], size, supersample) for start in range(0, max(1, len(scenes)), chunk)
     ]
@@ -74,7 +75,7 @@ def render(scenes: Scenes, size: int = 256, *, supersample: int = 2) -> Renderin
 
 def _detail(size: int) -> tuple[int, int]:
     """Columns and rows of the head's grid."""
-    return (148, 120) if size <= 192 else (224, 184)
+    return (104, 84) if size <= 80 else (148, 120) if size <= 192 else (224, 184)
 
 
 def _patches(k: Knobs, m: Measures, size: int) -> list[Patch]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from facegen.world.parameters import GROUPS, HAIR_STYLES, Parameter, Scenes
 from facegen.world.render import PARSING, Rendering, render
+from facegen.world.render import _render as draw_together
 
 SIZE = 64
 CHOICES = {"clothes": 3.0, "background": 3.0, "hat": 2.0, "glasses": 3.0, "earrings": 1.0, "hair_style": 7.0}
@@ -106,6 +107,14 @@ def test_same_scene_same_picture_whatever_the_batch(people: tuple[Scenes, Render
         again = render(scenes[rows], SIZE)
         for field in fields(Rendering):
             assert torch.equal(getattr(again, field.name), getattr(drawn, field.name)[rows]), field.name
+
+
+def test_pictures_drawn_together_are_the_pictures_drawn_alone(people: tuple[Scenes, Rendering]) -> None:
+    scenes, drawn = people
+    together = draw_together(scenes[:6], SIZE, 2)  # what happens on a GPU
+    assert (together.rgb - drawn.rgb[:6]).abs().mean() < 1e-4
+    assert (together.parsing != drawn.parsing[:6]).float().mean() < 1e-3
+    assert torch.allclose(together.landmarks68, drawn.landmarks68[:6], atol=1e-3)
 
 
 def test_unknown_size_is_refused() -> None:
