@@ -37,7 +37,7 @@ from facegen.request import (
 )
 
 if TYPE_CHECKING:
-    from facegen.pipeline import Pipeline, Progress
+    from facegen.pipeline import Loading, Pipeline, Progress
 
 log = logging.getLogger("facegen")
 Verb = Callable[[argparse.Namespace], int]
@@ -176,12 +176,21 @@ def _dispatch(words: list[str]) -> int:
         hint = suggestion(unknown[0].split("=")[0], flags) if unknown[0].startswith("-") else ""
         hint = hint if "perhaps" in hint else f"; see facegen {verb} --help"
         raise WrongRequest(f"facegen {verb} does not know '{unknown[0]}'{hint}.")
+    if not arguments.debug:
+        _hush()
     logging.basicConfig(
         level=logging.DEBUG if arguments.debug else logging.ERROR if arguments.quiet else logging.WARNING,
         format="facegen: %(message)s",
         stream=sys.stderr,
     )
     return command.run(arguments)
+
+
+def _hush() -> None:
+    """The libraries' own bars and notes stay out of the way."""
+    for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):  # read when they are imported
+        os.environ.setdefault(name, "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -269,8 +278,8 @@ def _paint(name: str) -> Verb:
         request = from_flags(kind.request_class, arguments)
         loading = from_flags(Loading, arguments)
         place = Place.of(arguments.output, name)
-        with _loading(arguments, loading.model):
-            pipe = kind.load(loading)
+        _open_photos(request)
+        pipe = _load(kind, loading, arguments)
         _make(pipe, request, place, arguments)
         return 0
 
@@ -380,16 +389,32 @@ def bar(arguments: argparse.Namespace) -> Iterator[Bar]:
         made.close()
 
 
-@contextmanager
-def _loading(arguments: argparse.Namespace, what: str) -> Iterator[None]:
-    """A line on a terminal while a model loads, wiped afterwards."""
+def _load(kind: type[Pipeline[Any]], loading: Loading, arguments: argparse.Namespace) -> Pipeline[Any]:
+    """Load a model, with a line on a terminal meanwhile."""
     shown = sys.stderr.isatty() and not arguments.quiet
     if shown:
-        sys.stderr.write(f"loading {what} …\r")
+        sys.stderr.write(f"loading {loading.model} …\r")
         sys.stderr.flush()
-    yield
-    if shown:
-        sys.stderr.write("\x1b[K")
+    if not arguments.debug:
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_progress_bar()
+    try:
+        return kind.load(loading)
+    finally:
+        if shown:
+            sys.stderr.write("\x1b[K")
+
+
+def _open_photos(request: Request) -> None:
+    """Photos that cannot be read are told of at once, not after the model is loaded."""
+    from facegen.look import opened
+
+    for name, spec in specs(type(request)).items():
+        value = getattr(request, name)
+        if spec.kind in ("photo", "photos"):
+            for one in value if spec.kind == "photos" else [value] if value is not None else []:
+                opened(one)
 
 
 def _watch(progress: Bar) -> Any:
@@ -410,8 +435,8 @@ def _hello(arguments: argparse.Namespace) -> int:
     loading = from_flags(Loading, arguments)
     place = Place.of(arguments.output, "hello")
     began = time.monotonic()
-    with _loading(arguments, loading.model):
-        pipe = task("generate").load(loading)
+    _open_photos(request)
+    pipe = _load(task("generate"), loading, arguments)
     made: list[hello.Portrait] = []
     with bar(arguments) as progress:
         for portrait in hello.portraits(pipe, request, lambda now: progress.show(now.done, now.total, "painting")):
@@ -490,8 +515,7 @@ def _again(record: Any, arguments: argparse.Namespace) -> int:
             raise WrongRequest(f"{complaint} Without it the picture cannot be made again.")
     stem = Path(arguments.picture).stem
     place = Place.of(arguments.output, f"{stem}-again")
-    with _loading(arguments, loading.model):
-        pipe = task(record.pipeline).load(loading)
+    pipe = _load(task(record.pipeline), loading, arguments)
     with bar(arguments) as progress:
         ((picture, report),) = pipe.stream(pipe.resolve(request), watch=_watch(progress), indices=[record.index])
     path = place.path(record.index, False, None)

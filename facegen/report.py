@@ -134,6 +134,8 @@ class Judges:
         """Judge one picture; `references` are the faces it should show, empty when nobody was asked for."""
         missing: dict[str, str] = {}
         found = None if self.detector is None else self.detector.faces(image, what="generated picture")
+        if found is None:
+            missing["faces"] = self.reasons.get("faces", "no detector fits these weights")
         likeness = None
         if references:
             if found is None or self.likeness is None:
@@ -256,7 +258,11 @@ def judges_for(packs: Sequence[str], analyzer: Callable[[str], Any], *, mini: bo
         except WeightsMissing:
             reasons["likeness"] = f"the second face pack {second} is not on this machine"
         reasons["prompt"] = "there is a judge for mini's drawn pictures only"
-    return Judges(detector=analyzer(packs[0]), likeness=likeness, prompt=prompt, reasons=reasons)
+    try:
+        detector = analyzer(packs[0])
+    except WeightsMissing as error:  # words alone made the picture, without any pack
+        detector, reasons["faces"] = None, str(error)
+    return Judges(detector=detector, likeness=likeness, prompt=prompt, reasons=reasons)
 
 
 def _mini_judges() -> tuple[LikenessJudge, PromptJudge]:

@@ -1,0 +1,240 @@
+"""Generate: repeatable by seed, in any batch; the model is left as it was; wrong input is one sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from facegen import metadata
+from facegen.errors import BadImage, Cancelled, FacegenError, NoFaceFound, WeightsMissing, WrongRequest
+from facegen.pipeline import Progress, Watch, rebuild
+from facegen.pipelines.generate import GeneratePipeline, GenerateRequest
+
+QUICK: dict[str, Any] = {"num_inference_steps": 3, "guidance_scale": 3.0}
+Drawn = Callable[[int], Image.Image]
+
+
+def pixels(image: Image.Image) -> np.ndarray:
+    return np.asarray(image, dtype=np.int16)
+
+
+def checksum(pipe: GeneratePipeline) -> list[float]:
+    parts = (pipe.model.unet, pipe.model.vae, pipe.model.text_encoder)
+    return [float(parameter.double().abs().sum()) for part in parts for parameter in part.parameters()]
+
+
+def test_words_alone_make_a_picture(pipe: GeneratePipeline) -> None:
+    out = pipe(prompt="a portrait", seed=7, **QUICK)
+    assert [image.size for image in out.images] == [(64, 64)]
+    assert out.request.seed == 7
+    assert out.request.adapters == ()
+    again = pipe(prompt="a portrait", seed=7, **QUICK)
+    other = pipe(prompt="a portrait", seed=8, **QUICK)
+    assert np.array_equal(pixels(out.images[0]), pixels(again.images[0]))
+    assert not np.array_equal(pixels(out.images[0]), pixels(other.images[0]))
+
+
+def test_a_seed_drawn_by_lot_is_written_down(pipe: GeneratePipeline) -> None:
+    out = pipe(prompt="x", **QUICK)
+    assert out.request.seed is not None
+    assert np.array_equal(pixels(out.images[0]), pixels(pipe(out.request).images[0]))
+
+
+@pytest.mark.parametrize("scheduler", ["model", "euler_a", "dpm++ sde"])
+def test_picture_i_is_seed_plus_i_in_any_batch(pipe: GeneratePipeline, scheduler: str) -> None:
+    alone = pipe(seed=12, scheduler=scheduler, **QUICK).images[0]
+    for batch_size, tolerance in ((1, 0), (3, 1)):
+        several = pipe(seed=10, num_images_per_prompt=3, batch_size=batch_size, scheduler=scheduler, **QUICK).images
+        assert len(several) == 3
+        assert np.abs(pixels(several[2]) - pixels(alone)).max() <= tolerance
+
+
+@pytest.mark.parametrize("names", [["arc2face"], ["instantid"], ["ip_adapter_faceid"], ["arc2face", "instantid"]])
+def test_adapters_change_the_picture_and_leave_the_model(
+    pipe: GeneratePipeline, tiny: Path, drawn: Drawn, names: list[str]
+) -> None:
+    before = checksum(pipe)
+    for name in names:
+        assert pipe.load_adapter(tiny / "adapters" / name) == name
+    plain = pipe(prompt="a portrait of a person", seed=1, **QUICK).images[0]
+    one = pipe(faces=drawn(1), prompt="a portrait of a person", seed=1, **QUICK)
+    other = pipe(faces=[drawn(2)], prompt="a portrait of a person", seed=1, **QUICK)
+    assert one.request.adapters == tuple(names)
+    assert not np.array_equal(pixels(plain), pixels(one.images[0]))
+    assert not np.array_equal(pixels(one.images[0]), pixels(other.images[0]))
+    assert checksum(pipe) == before
+
+
+def test_strength_zero_is_nobody_and_a_function_is_its_values(pipe: GeneratePipeline, tiny: Path, drawn: Drawn) -> None:
+    pipe.load_adapter(tiny / "adapters" / "ip_adapter_faceid")
+    call: dict[str, Any] = {"faces": drawn(1), "prompt": "a portrait", "seed": 1, **QUICK}
+    plain = pipe(prompt="a portrait", seed=1, **QUICK).images[0]
+    assert np.array_equal(pixels(plain), pixels(pipe(**call, strength=0.0).images[0]))
+    assert np.array_equal(pixels(plain), pixels(pipe(**call, strength={"ip_adapter_faceid": [0, 0, 0]}).images[0]))
+    curve = pipe(**call, strength=lambda progress: 1.0 - progress)
+    assert curve.request.strength == (1.0, 0.5, 0.0)
+    assert np.array_equal(pixels(curve.images[0]), pixels(pipe(**call, strength=[1, 0.5, 0]).images[0]))
+
+
+def test_several_photos_are_fused_and_two_people_warned_of(
+    pipe: GeneratePipeline, tiny: Path, drawn: Drawn, caplog: pytest.LogCaptureFixture
+) -> None:
+    pipe.load_adapter(tiny / "adapters" / "instantid")
+    same = pipe(faces=[drawn(1), drawn(1)], seed=1, **QUICK)
+    assert np.abs(pixels(same.images[0]) - pixels(pipe(faces=drawn(1), seed=1, **QUICK).images[0])).max() <= 1
+    assert not same.reports[0].warnings
+
+
+def test_adapters_are_loaded_on_demand(pipe: GeneratePipeline, tiny: Path, drawn: Drawn) -> None:
+    out = pipe(faces=drawn(1), adapters=str(tiny / "adapters" / "instantid"), seed=1, **QUICK)
+    assert pipe.adapters == out.request.adapters == ("instantid",)
+    pipe.unload_adapter("instantid")
+    assert pipe.adapters == ()
+
+
+def test_another_task_shares_the_weights(pipe: GeneratePipeline) -> None:
+    other = GeneratePipeline.from_pipe(pipe)
+    assert other.model is pipe.model
+    assert other.loaded is pipe.loaded
+
+
+def test_own_conditions_are_added(pipe: GeneratePipeline) -> None:
+    mine = pipe.model.encode_text(["something else"])
+    plain = pipe(prompt="a portrait", seed=1, **QUICK)
+    steered = pipe(prompt="a portrait", seed=1, conditions=[mine], **QUICK)
+    assert not np.array_equal(pixels(plain.images[0]), pixels(steered.images[0]))
+
+
+def test_progress_preview_and_cancel(pipe: GeneratePipeline) -> None:
+    seen: list[Progress] = []
+    pipe(seed=1, num_images_per_prompt=2, on_progress=seen.append, **QUICK)
+    assert [(one.done, one.total) for one in seen] == [(step, 6) for step in range(1, 7)]
+    assert seen[-1].fraction == 1.0
+    assert seen[0].preview is not None
+    assert [image.size for image in seen[0].preview()] == [(64, 64)]
+
+    before = checksum(pipe)
+    steps: list[Progress] = []
+    with pytest.raises(Cancelled, match="Stopped"):
+        pipe(seed=1, on_progress=steps.append, cancelled=lambda: len(steps) >= 2, **QUICK)
+    assert len(steps) == 2
+    assert checksum(pipe) == before
+    assert not any(pipe.model.unet._forward_hooks.values())
+
+
+def test_the_saved_picture_holds_the_call_and_is_made_again_bit_for_bit(
+    pipe: GeneratePipeline, tiny: Path, me: Path, tmp_path: Path
+) -> None:
+    pipe.load_adapter(tiny / "adapters" / "instantid")
+    out = pipe(faces=[me], prompt="a person", num_images_per_prompt=3, batch_size=2, strength=lambda t: t, **QUICK)
+    paths = out.save(tmp_path / "out")
+    assert [path.name for path in paths] == ["picture-1.png", "picture-2.png", "picture-3.png"]
+    record = metadata.read(paths[1])
+    assert record.photos() == [metadata.photo_record(me)]
+    assert record.report["provenance"]["seed"] == out.request.seed + 1  # type: ignore[operator]
+
+    loading, request = rebuild(record)
+    assert request.faces == (str(me),)
+    fresh = GeneratePipeline.load(loading)
+    ((picture, _),) = fresh.stream(fresh.resolve(request), indices=[record.index])
+    assert np.array_equal(pixels(picture), pixels(out.images[1]))
+    assert picture.record is not None
+    assert picture.record.loaded == record.loaded
+
+
+def test_the_report_is_honest_without_judges(pipe: GeneratePipeline, tiny: Path, drawn: Drawn) -> None:
+    pipe.load_adapter(tiny / "adapters" / "instantid")
+    report = pipe(faces=drawn(1), prompt="red hair", seed=3, **QUICK).reports[0]
+    assert "likeness not judged" in str(report)
+    assert "prompt not judged" in str(report)
+    assert report.provenance is not None
+    assert report.provenance.ai_generated
+    assert len(report.provenance.model_sha256) == 64
+    assert len(report.provenance.adapters["instantid"]) == 64
+
+
+def test_lora_files(pipe: GeneratePipeline, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    name = next(name for name, module in pipe.model.unet.named_modules() if name.endswith("attn1.to_q"))
+    weight = pipe.model.unet.get_submodule(name).weight
+    generator = torch.Generator().manual_seed(0)
+    lora = {
+        f"unet.{name}.lora_A.weight": torch.randn(2, weight.shape[1], generator=generator),
+        f"unet.{name}.lora_B.weight": torch.randn(weight.shape[0], 2, generator=generator),
+    }
+    save_file(lora, tmp_path / "style.safetensors")
+    before = checksum(pipe)
+    plain = pipe(seed=1, **QUICK).images[0]
+    styled = pipe(seed=1, loras=str(tmp_path / "style.safetensors"), **QUICK)
+    off = pipe(seed=1, loras={str(tmp_path / "style.safetensors"): 0.0}, **QUICK)
+    assert not np.array_equal(pixels(plain), pixels(styled.images[0]))
+    assert np.array_equal(pixels(plain), pixels(off.images[0]))
+    assert checksum(pipe) == before
+    assert len(styled.images[0].record.loaded["loras"][str(tmp_path / "style.safetensors")]) == 64  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("fields", "kind", "says"),
+    [
+        ({"guidence_scale": 3}, WrongRequest, "perhaps you mean 'guidance_scale'"),
+        ({"num_inference_steps": 0}, WrongRequest, "num_inference_steps must be from 1"),
+        ({"height": 60}, WrongRequest, "multiple of 8"),
+        ({"scheduler": "eulr"}, WrongRequest, "perhaps you mean 'euler'"),
+        ({"adapters": "instantid"}, WrongRequest, "needs a photo"),
+        ({"faces": "nowhere.jpg", "adapters": "?"}, FacegenError, ""),
+        ({"loras": "nowhere.safetensors"}, WeightsMissing, "nowhere.safetensors"),
+        ({"faces": "example:0", "adapters": "+"}, WrongRequest, "example:1 to example:999"),
+        ({"faces": "+empty", "adapters": "+"}, BadImage, "empty"),
+        ({"faces": "+text", "adapters": "+"}, BadImage, "text"),
+        ({"faces": "+truncated", "adapters": "+"}, BadImage, "damaged"),
+        ({"faces": "+pixel", "adapters": "+"}, BadImage, "1×1"),
+        ({"faces": "+gray", "adapters": "+"}, NoFaceFound, "face"),
+        ({"strength": {"instntid": 1}, "faces": "+me", "adapters": "+"}, WrongRequest, "perhaps you mean 'instantid'"),
+    ],
+)
+def test_wrong_input_is_one_sentence(
+    pipe: GeneratePipeline, tiny: Path, tmp_path: Path, me: Path, fields: dict[str, Any], kind: type, says: str
+) -> None:
+    (tmp_path / "empty").write_bytes(b"")
+    (tmp_path / "text").write_text("hello, I am no picture")
+    (tmp_path / "truncated").write_bytes(me.read_bytes()[:3000])
+    Image.new("RGB", (1, 1)).save(tmp_path / "pixel", format="PNG")
+    Image.new("RGB", (160, 160), (90, 90, 90)).save(tmp_path / "gray", format="PNG")
+    me.rename(tmp_path / "me")
+    given = dict(fields)
+    if str(given.get("faces", "")).startswith("+"):
+        given["faces"] = tmp_path / given["faces"][1:]
+    if given.get("adapters") == "+":
+        given["adapters"] = str(tiny / "adapters" / "instantid")
+    with pytest.raises(kind, match=says) as caught:
+        pipe(seed=1, **{**QUICK, **given})
+    told = str(caught.value)
+    assert "\n" not in told
+    assert told.endswith(".")
+
+
+def test_the_request_is_made_before_the_model_is_touched() -> None:
+    with pytest.raises(WrongRequest):
+        GenerateRequest(seed=-1)
+    with pytest.raises(WrongRequest, match="There is no 'modell'"):
+        GeneratePipeline.from_pretrained("mini", modell="x")
+
+
+def test_a_watch_stops_between_pictures(pipe: GeneratePipeline) -> None:
+    made: list[Image.Image] = []
+    request = pipe.resolve(GenerateRequest(seed=1, num_images_per_prompt=3, **QUICK))
+
+    def collect() -> None:
+        for picture, _ in pipe.stream(request, watch=Watch(cancelled=lambda: bool(made))):
+            made.append(picture)  # noqa: PERF401 the watch looks at the list meanwhile
+
+    with pytest.raises(Cancelled):
+        collect()
+    assert len(made) == 1
