@@ -107,9 +107,8 @@ class Arc2Face(Adapter):
             raise refuse(folder, "Arc2Face's folder encoder/ (config.json and weights)")
         unet = _load_unet(place.parent / UNET, model) if (place.parent / UNET).is_dir() else None
         adapter = cls(_load_encoder(place), model, unet)
-        ready(adapter.encoder, model)
+        ready(adapter.modules(), model)
         if unet is not None:
-            unet.to(model.dtype).requires_grad_(False).eval()
             model.memory.place(unet)
         return adapter
 

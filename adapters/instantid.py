@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from facegen import checkpoints
-from facegen.adapter import Adapter, AdapterRequest, FaceLike, SeenFace, halves, ready, refuse, trainable, with_zeros
+from facegen.adapter import Adapter, AdapterRequest, FaceLike, halves, ready, refuse, seen, trainable, with_zeros
 from facegen.checkpoints import SAFE, Shapes, base_name, section
 from facegen.conditions import Condition, ControlCondition, TokenCondition
 from facegen.errors import CheckpointBroken, PackageMissing, WeightsMissing, WrongBaseModel, WrongRequest
@@ -166,11 +166,8 @@ class InstantID(Adapter):
             return request
         points = request.points
         if points is None:
-            face = cast(SeenFace, faces[0])
-            if not hasattr(face, "points") or not hasattr(face, "image"):
-                raise WrongRequest(
-                    "InstantID needs to know where the face is to be; give a photo, or keypoints as points."
-                )
+            why = "InstantID needs to know where the face is to be; give a photo, or keypoints as points."
+            face = seen(faces, why)
             points = moved(face.points, face.image.size, (request.width, request.height))
         drawing = draw(np.asarray(points), (request.width, request.height))
         return replace(request, control=torch.from_numpy(drawing).permute(2, 0, 1)[None].float() / 255)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from facegen import checkpoints
@@ -26,11 +27,11 @@ from facegen.adapter import (
     Adapter,
     AdapterRequest,
     FaceLike,
-    SeenFace,
     fused,
     halves,
     ready,
     refuse,
+    seen,
     stacked,
     trainable,
     unit,
@@ -79,9 +80,9 @@ class ClipView:
 
     def pixels(self, crop: np.ndarray) -> Tensor:
         """Aligned face (S, S, 3) uint8 RGB -> (1, 3, S, S), as `AdapterRequest.clip` takes it."""
+        scaled = torch.tensor(crop).float() / 255
         if self.bgr:
-            crop = crop[..., ::-1]
-        scaled = torch.from_numpy(np.ascontiguousarray(crop)).float() / 255
+            scaled = scaled.flip(-1)
         return ((scaled - torch.tensor(CLIP_MEAN)) / torch.tensor(CLIP_STD)).permute(2, 0, 1)[None]
 
     def features(self, pixels: Tensor) -> Tensor:
@@ -256,9 +257,7 @@ class IPAdapterFaceID(Adapter):
             return request
         from facegen.face.align import norm_crop
 
-        face = cast(SeenFace, faces[0])
-        if not hasattr(face, "points") or not hasattr(face, "image"):
-            raise WrongRequest("IP-Adapter-FaceID-Plus looks at the photo; give one, not an embedding alone.")
+        face = seen(faces, "IP-Adapter-FaceID-Plus looks at the photo; give one, not an embedding alone.")
         crop = np.asarray(norm_crop(face.image, face.points, self.clip.size))
         return replace(request, clip=self.clip.pixels(crop))
 

@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
 
+    from facegen.face.types import Face
     from facegen.models.base import Model
 
 logger = logging.getLogger(__name__)
@@ -200,10 +201,19 @@ def fused(faces: Sequence[FaceLike]) -> Tensor:
         return stacked(faces)[0]
     from facegen.face.fuse import fuse
 
-    whole = fuse(faces)  # pyright: ignore[reportArgumentType]
+    whole = fuse(cast("Sequence[Face]", faces))
     if whole.warning:
         logger.warning("%s", whole.warning)
     return stacked([whole])[0]
+
+
+def seen(faces: Sequence[FaceLike], why: str) -> SeenFace:
+    """The first face together with its photo; WrongRequest, with `why`, for an embedding alone."""
+    first = faces[0]
+    first = getattr(first, "face", first)  # of a fused person the photo nearest to the mean
+    if not (hasattr(first, "points") and hasattr(first, "image")):
+        raise WrongRequest(why)
+    return cast("SeenFace", first)
 
 
 def unit(embeddings: Tensor) -> Tensor:
