@@ -328,23 +328,16 @@ def add_flags(parser: argparse.ArgumentParser, request: type[Request], *, skip: 
         told = flag_help(spec).replace("%", "%%")
         metavar = _METAVARS[spec.kind]
         common: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": told}
+        several = spec.kind in ("photos", "names", "strengths")
+        if spec.positional:
+            kind: dict[str, Any] = {"nargs": "*", "action": "extend"} if several else {"nargs": "?"}
+            parser.add_argument(name, default=argparse.SUPPRESS, metavar=metavar, help=told, **kind)
+            common["help"] = "the same, as a flag"
         if spec.kind == "switch":
             parser.add_argument(*flags, action=argparse.BooleanOptionalAction, **common)
-        elif spec.kind in ("photos", "names"):
-            if spec.positional:
-                parser.add_argument(
-                    name, nargs="*", action="extend", default=argparse.SUPPRESS, metavar=metavar, help=told
-                )
-                common["help"] = "the same, as a flag"
+        elif several:
             parser.add_argument(*flags, nargs="+", action="extend", metavar=metavar, **common)
-        elif spec.kind == "strengths":
-            parser.add_argument(*flags, nargs="+", action="extend", metavar=metavar, **common)
-        elif spec.kind == "choice":
-            parser.add_argument(*flags, metavar="NAME", **common)
         else:
-            if spec.positional:
-                parser.add_argument(name, nargs="?", default=argparse.SUPPRESS, metavar=metavar, help=told)
-                common["help"] = "the same, as a flag"
             parser.add_argument(*flags, metavar=metavar, **common)
 
 
