@@ -1,0 +1,284 @@
+"""Trains mini's text encoder and UNet together with its three identity adapters, from nothing.
+
+One run teaches everything, each batch one way of saying who it is: the prompt alone or with Arc2Face's token (both in
+one batch, row by row), IP-Adapter-FaceID's tokens, or InstantID's tokens with IdentityNet. The face that conditions is
+always another picture of the same person, so that only what two pictures share (the identity) can be carried over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from facegen.adapter import Adapter, AdapterRequest, halves
+from facegen.adapters.arc2face import Arc2Face
+from facegen.adapters.instantid import InstantID, draw
+from facegen.adapters.ip_adapter_faceid import IPAdapterFaceID
+from facegen.conditions import Condition, TextCondition
+from facegen.memory import MemoryPlan
+from facegen.models.base import Model
+from facegen.models.projections import FaceProjection, ProjectionSizes
+from facegen.models.resampler import PerceiverSizes
+from facegen.models.sd15 import SD15Model
+from facegen.training.cache import Cache, shuffled
+from facegen.training.loop import Objective
+from facegen.training.objectives.velocity import VelocityObjective
+from facegen.world.captions import caption
+
+SCHEDULER = {
+    "_class_name": "DDIMScheduler",
+    "num_train_timesteps": 1000,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "prediction_type": "v_prediction",
+    # With a last step of pure noise the model learns the overall colour too (Lin et al. 2024).
+    "rescale_betas_zero_snr": True,
+    "timestep_spacing": "trailing",
+    "clip_sample": False,
+    "set_alpha_to_one": True,
+    "steps_offset": 0,
+}
+
+
+@dataclass(frozen=True)
+class DiffusionSettings:
+    """Sizes of UNet, text encoder and adapters, and what a batch is made of.
+
+    ways: share of the batches that teach each way; faces: share of rows with a face in a "prompt" batch;
+    no_prompt, no_face: share of rows whose prompt or face is left out, so that guidance has something to lean on.
+    """
+
+    channels: tuple[int, ...] = (64, 128, 192)
+    head_width: int = 32
+    text_width: int = 192
+    text_layers: int = 2
+    queries: int = 8
+    resampler_depth: int = 2
+    rank: int = 8
+    batch: int = 32
+    ways: Mapping[str, float] = field(
+        default_factory=lambda: {"prompt": 0.6, "ip_adapter_faceid": 0.2, "instantid": 0.2}
+    )
+    faces: float = 0.6
+    no_prompt: float = 0.1
+    no_face: float = 0.1
+    no_points: float = 0.1
+    seed: int = 7
+
+
+def new_model(vae: nn.Module, tokenizer: Any, settings: DiffusionSettings, sample_size: int = 16) -> SD15Model:
+    """An untrained model of Stable Diffusion's topology around a trained autoencoder."""
+    from diffusers import UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    count = len(settings.channels)
+    latent_channels = cast(Any, vae).config.latent_channels
+    unet = UNet2DConditionModel(
+        sample_size=sample_size,
+        in_channels=latent_channels,
+        out_channels=latent_channels,
+        block_out_channels=settings.channels,
+        layers_per_block=1,
+        down_block_types=(*("CrossAttnDownBlock2D",) * (count - 1), "DownBlock2D"),
+        up_block_types=("UpBlock2D", *("CrossAttnUpBlock2D",) * (count - 1)),
+        cross_attention_dim=settings.text_width,
+        # diffusers calls the number of heads so.
+        attention_head_dim=tuple(width // settings.head_width for width in settings.channels),
+    )
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=settings.text_width,
+            intermediate_size=4 * settings.text_width,
+            num_hidden_layers=settings.text_layers,
+            num_attention_heads=settings.text_width // 64,
+            max_position_embeddings=tokenizer.model_max_length,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    plan = MemoryPlan(torch.device("cpu"))
+    return SD15Model(unet, cast(Any, vae), text_encoder, tokenizer, SCHEDULER, memory=plan)
+
+
+def new_adapters(model: Model, embedding_dim: int, settings: DiffusionSettings) -> dict[str, Adapter]:
+    """The three identity adapters, untrained. Arc2Face's encoder is the model's own text encoder."""
+    width = settings.text_width
+    sizes = PerceiverSizes(embedding_dim, width, width, depth=settings.resampler_depth, heads=width // 64)
+    projector = FaceProjection(ProjectionSizes(embedding_dim, 2 * width, 4, width))
+    return {
+        "arc2face": Arc2Face.fresh(model, embedding_dim, encoder=model.text_encoder),
+        "instantid": InstantID.fresh(model, embedding_dim, sizes=sizes, queries=settings.queries),
+        "ip_adapter_faceid": IPAdapterFaceID.fresh(model, embedding_dim, projector=projector, rank=settings.rank),
+    }
+
+
+@dataclass(frozen=True, eq=False)
+class Lessons:
+    """What is learnt from, in memory: latents (N, C, h, w) and embeddings (N, D) of the pictures of a cache."""
+
+    pictures: Cache
+    latents: Tensor
+    embeddings: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Rows of one way: clean latents, prompts, RAW embeddings (zero: no face), and drawn keypoints for InstantID."""
+
+    way: str
+    latents: Tensor
+    prompts: list[str]
+    embeddings: Tensor
+    control: Tensor | None
+
+
+class DiffusionObjective(Objective):
+    """Predict the velocity of noisy latents under prompts and faces."""
+
+    name = "diffusion"
+
+    def __init__(
+        self,
+        model: Model,
+        adapters: Mapping[str, Adapter],
+        lessons: Lessons,
+        settings: DiffusionSettings,
+        held_out: Lessons | None = None,
+    ) -> None:
+        self.model, self.adapters, self.settings = model, adapters, settings
+        self.lessons, self.held_out = lessons, held_out
+        self.velocity = VelocityObjective(SCHEDULER)
+        parts = {"unet": model.unet, "text_encoder": model.text_encoder}
+        parts |= {name: adapter.modules() for name, adapter in adapters.items() if name != "arc2face"}
+        model.unet.requires_grad_(True)
+        self.module = nn.ModuleDict(parts)
+        self._scenes = {id(one): one.pictures.scenes(torch.arange(len(one.pictures))) for one in self._all()}
+        self._points = {id(one): one.pictures.whole("landmarks5").float() for one in self._all()}
+
+    def _all(self) -> list[Lessons]:
+        return [self.lessons] if self.held_out is None else [self.lessons, self.held_out]
+
+    def batch(self, step: int, generator: torch.Generator) -> Batch:
+        settings = self.settings
+        ways = list(settings.ways)
+        weights = torch.tensor([settings.ways[way] for way in ways])
+        way = ways[int(torch.multinomial(weights, 1, generator=generator))]
+        rows = shuffled(len(self.lessons.pictures), settings.batch, step, settings.seed)
+        return self._gather(self.lessons, rows, way, generator)
+
+    def _gather(self, lessons: Lessons, rows: Tensor, way: str, generator: torch.Generator) -> Batch:
+        settings, count = self.settings, len(rows)
+        roll = torch.rand(4, count, generator=generator)
+        with_face = roll[0] < (settings.faces if way == "prompt" else 1 - settings.no_face)
+        scenes = self._scenes[id(lessons)][rows]
+        plain = caption(scenes, generator)
+        named = caption(scenes, generator, subject="id person") if way == "prompt" else plain
+        prompts = [
+            "" if drop and not (face and way == "prompt") else (b if face else a)
+            for a, b, face, drop in zip(
+                plain, named, with_face.tolist(), (roll[1] < settings.no_prompt).tolist(), strict=True
+            )
+        ]
+        embeddings = lessons.embeddings[self._other(lessons, rows, roll[2])] * with_face[:, None]
+        control = self._control(lessons, rows, roll[3] >= settings.no_points) if way == "instantid" else None
+        return Batch(way, lessons.latents[rows].float(), prompts, embeddings, control)
+
+    @staticmethod
+    def _other(lessons: Lessons, rows: Tensor, roll: Tensor) -> Tensor:
+        """For each row another picture of the same person, chosen by roll (B,) in [0, 1)."""
+        label = lessons.pictures.label
+        order = torch.argsort(label, stable=True)
+        place = torch.empty_like(order)
+        place[order] = torch.arange(len(order))
+        sizes = torch.bincount(label)
+        starts = torch.cumsum(sizes, 0) - sizes
+        own = label[rows]
+        step = 1 + (roll * (sizes[own] - 1)).long().clamp(max=sizes[own] - 2)
+        return order[starts[own] + (place[rows] - starts[own] + step) % sizes[own]]
+
+    def _control(self, lessons: Lessons, rows: Tensor, kept: Tensor) -> Tensor:
+        """Drawn keypoints (B, 3, H, W) in [0, 1]; black where they are left out."""
+        size = lessons.pictures.field("rgb", rows[:1]).shape[1]
+        points = self._points[id(lessons)][rows].numpy()
+        drawn = torch.stack([torch.from_numpy(draw(one, (size, size))) for one in points])
+        return drawn.permute(0, 3, 1, 2).float() / 255 * kept[:, None, None, None]
+
+    def conditions(self, batch: Batch) -> list[Condition]:
+        """The same conditions that a picture is made under."""
+        request = AdapterRequest(prompt=batch.prompts, guidance=False, control=batch.control, scale=None)
+        if batch.way == "prompt":
+            return self.adapters["arc2face"].conditions_from_embeddings(batch.embeddings, self.model, request)
+        embeds = self.model.text_encoder(self.model.tokenize(batch.prompts)).last_hidden_state
+        adapter = self.adapters[batch.way]
+        full = AdapterRequest(guidance=False, control=batch.control, scale=1.0, control_scale=1.0)
+        return [
+            TextCondition(embeds=halves(embeds, False)),
+            *adapter.conditions_from_embeddings(batch.embeddings, self.model, full),
+        ]
+
+    def loss(self, batch: Batch, step: int, generator: torch.Generator) -> dict[str, Tensor]:
+        timesteps = torch.randint(1000, (len(batch.latents),), generator=generator, device=generator.device)
+        noise = torch.randn(batch.latents.shape, generator=generator, device=generator.device)
+        return self._loss(batch, noise, timesteps)
+
+    def _loss(self, batch: Batch, noise: Tensor, timesteps: Tensor) -> dict[str, Tensor]:
+        prepared = self.model.prepare(self.conditions(batch), len(batch.latents), guidance=False)
+        noisy = self.velocity.noisy(batch.latents, noise, timesteps).contiguous(memory_format=torch.channels_last)
+        found = self.model.predict(noisy, timesteps, prepared.throughout())
+        weighted, plain = self.velocity.loss(found, batch.latents, noise, timesteps)
+        return {"loss": weighted, "velocity": plain, f"velocity_{batch.way}": plain}
+
+    def figures(self) -> dict[str, float]:
+        """The velocity's mean squared error on held-out people, each way, at evenly spread noise."""
+        if self.held_out is None:
+            return {}
+        found = {}
+        rows = torch.arange(min(256, len(self.held_out.pictures)))
+        for way in self.settings.ways:
+            generator = torch.Generator().manual_seed(11)
+            total = []
+            for part in rows.split(32):
+                batch = self._gather(self.held_out, part, way, generator)
+                timesteps = torch.linspace(0, 999, len(part)).long()
+                noise = torch.randn(batch.latents.shape, generator=generator)
+                total.append(self._loss(batch, noise, timesteps)["velocity"])
+            found[f"held_out_velocity_{way}"] = round(float(torch.stack(total).mean()), 4)
+        return found
+
+
+@torch.no_grad()
+def save_base(model: Model, folder: Path) -> None:
+    """The base model as a diffusers folder in float16, files of at most 15 MB, that plain diffusers loads."""
+    import copy
+
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline(
+        vae=copy.deepcopy(model.vae).half().to(memory_format=torch.contiguous_format),
+        text_encoder=copy.deepcopy(model.text_encoder).half(),
+        tokenizer=cast(Any, model.tokenizer),
+        unet=_plain(model).half().to(memory_format=torch.contiguous_format),
+        scheduler=cast(Any, DDIMScheduler.from_config(SCHEDULER)),
+        safety_checker=cast(Any, None),
+        feature_extractor=cast(Any, None),
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(folder, max_shard_size="15MB")
+
+
+def _plain(model: Model) -> Any:
+    """A copy of the UNet with diffusers' own attention processors."""
+    from diffusers import UNet2DConditionModel
+
+    unet = UNet2DConditionModel.from_config(model.unet.config)
+    unet.load_state_dict(model.unet.state_dict())
+    return unet

@@ -1,0 +1,224 @@
+"""Makes the embedded model from nothing, stage by stage: ``facegen train mini``.
+
+Each stage reads what earlier ones left in the work folder, goes on from its own checkpoint, and does nothing when it
+is done. What was measured goes into ``mini.json`` beside the weights.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+
+from facegen.errors import WeightsMissing, WrongRequest
+from facegen.training.cache import Cache, CachePlan, render_cache
+from facegen.training.loop import Budget, LoopSettings, run, wear_average
+from facegen.training.record import MINI, record
+from facegen.world.sampling import HELD_OUT_FROM
+
+if TYPE_CHECKING:
+    from facegen.models.sd15 import SD15Model
+    from facegen.training.diffusion import DiffusionObjective, Lessons
+    from facegen.training.vae import VAEObjective
+
+logger = logging.getLogger(__name__)
+
+# The full recipe: steps of each stage, and pictures to learn from. A night on two cores, or minutes on a GPU.
+PEOPLE, PICTURES, HELD_OUT_PEOPLE, HELD_OUT_PICTURES = 4000, 10, 200, 6
+STEPS: Mapping[str, int] = {
+    "recogniser": 12000,
+    "judge": 12000,
+    "attributes": 12000,
+    "parsing": 6000,
+    "detector": 12000,
+    "points": 6000,
+    "vae": 20000,
+    "diffusion": 40000,
+}
+PERCEPTION = ("recogniser", "judge", "attributes", "parsing", "detector", "points")
+VAE_SETTINGS = LoopSettings(learning_rate=1.5e-3, warmup=100, weight_decay=1e-4, average=0.998, seed=8)
+DIFFUSION_SETTINGS = LoopSettings(
+    learning_rate=8e-4, warmup=150, weight_decay=0.01, average=0.998, bfloat16=True, seed=7
+)
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """Where the work is kept, where the finished model goes, and what share of the full recipe is done."""
+
+    work: Path
+    output: Path = MINI
+    budget: float = 1.0
+    seed: int = 0
+    device: str | None = None
+
+    @property
+    def pictures(self) -> Path:
+        return self.work / "pictures"
+
+    @property
+    def held_out(self) -> Path:
+        return self.work / "held_out"
+
+    def steps(self, stage: str) -> int:
+        return max(1, round(STEPS[stage] * self.budget))
+
+
+def draw_pictures(shop: Workshop) -> None:
+    """People to learn from and, under other numbers, people to measure on."""
+    people = max(20, round(PEOPLE * min(1.0, shop.budget * 2)))
+    render_cache(shop.pictures, CachePlan(0, people, PICTURES, shop.seed))
+    held_out = max(20, round(HELD_OUT_PEOPLE * min(1.0, shop.budget * 4)))
+    render_cache(shop.held_out, CachePlan(HELD_OUT_FROM, held_out, HELD_OUT_PICTURES, shop.seed))
+
+
+def train_perception(name: str) -> Callable[[Workshop], None]:
+    """The stage of one small net."""
+
+    def stage(shop: Workshop) -> None:
+        from facegen.training.perception import Places, train
+
+        places = Places(shop.pictures, shop.held_out, shop.work / name, shop.output)
+        train(name, places, Budget(shop.steps(name)))
+
+    return stage
+
+
+def _vae_objective(shop: Workshop) -> VAEObjective:
+    from facegen.training.vae import VAEObjective, VAESettings, new_vae
+
+    settings = VAESettings()
+    torch.manual_seed(VAE_SETTINGS.seed)
+    return VAEObjective(new_vae(settings), Cache(shop.pictures), Cache(shop.held_out), settings)
+
+
+def train_vae(shop: Workshop) -> None:
+    """The autoencoder; its latents are then made zero-mean and unit-variance."""
+    measured = run(_vae_objective(shop), shop.work / "vae", Budget(shop.steps("vae")), VAE_SETTINGS)
+    record("vae", measured, shop.output / "mini.json")
+
+
+def finished_vae(shop: Workshop) -> Any:
+    """The autoencoder with its averaged weights and folded statistics, the same at every call."""
+    from facegen.training.vae import fold_statistics
+
+    objective = _vae_objective(shop)
+    wear_average(objective.module, shop.work / "vae")
+    rows = torch.arange(0, len(objective.held_out or ()), 3)
+    pictures = cast(Cache, objective.held_out)
+    fold_statistics(objective.vae, [pictures.rgb(part) * 2 - 1 for part in rows.split(32)])
+    return objective.vae.eval().requires_grad_(False)
+
+
+def encode_pictures(shop: Workshop) -> None:
+    """Latents and embeddings of all pictures, computed once; a whole file is renamed into place."""
+    vae = finished_vae(shop)
+    for place in (shop.pictures, shop.held_out):
+        learn_from(shop, place, vae)
+
+
+def learn_from(shop: Workshop, place: Path, vae: Any = None) -> Lessons:
+    """What the diffusion learns from: latents (kept in the work folder) and embeddings of the pictures in ``place``."""
+    from safetensors.torch import load_file
+
+    from facegen.training.checkpoint import save_tensors
+    from facegen.training.diffusion import Lessons
+    from facegen.training.recogniser import embeddings_of
+    from facegen.training.vae import encode_all
+
+    pictures = Cache(place)
+    path = shop.work / f"latents_{place.name}.safetensors"
+    kept: dict[str, Tensor] = load_file(path) if path.exists() else {}
+    if not kept or len(kept["latents"]) != len(pictures):
+        from facegen.evaluation.judges import load_network
+
+        kept = {"latents": encode_all(vae or finished_vae(shop), pictures)}
+        kept["embeddings"] = embeddings_of(load_network(shop.output / "pack" / "rec"), pictures)
+        save_tensors(kept, path, {"pictures": len(pictures)})
+    return Lessons(pictures, kept["latents"], kept["embeddings"])
+
+
+def _diffusion_objective(shop: Workshop) -> DiffusionObjective:
+    from facegen.training.diffusion import DiffusionObjective, DiffusionSettings, new_adapters, new_model
+    from facegen.world.tokenizer import build_tokenizer
+
+    lessons, held_out = learn_from(shop, shop.pictures), learn_from(shop, shop.held_out)
+    settings = DiffusionSettings()
+    torch.manual_seed(DIFFUSION_SETTINGS.seed)
+    model = new_model(finished_vae(shop), build_tokenizer(shop.work / "tokenizer"), settings)
+    adapters = new_adapters(model, lessons.embeddings.shape[1], settings)
+    return DiffusionObjective(model, adapters, lessons, settings, held_out)
+
+
+def train_diffusion(shop: Workshop) -> None:
+    """Text encoder, UNet and the three identity adapters, together; then written in their official formats."""
+    objective = _diffusion_objective(shop)
+    measured = run(objective, shop.work / "diffusion", Budget(shop.steps("diffusion")), DIFFUSION_SETTINGS)
+    _write(objective, shop)
+    record("diffusion", measured, shop.output / "mini.json")
+
+
+def write_model(shop: Workshop) -> None:
+    """The model as it is so far: the averaged weights of the last checkpoint, in their official formats."""
+    objective = _diffusion_objective(shop)
+    wear_average(objective.module, shop.work / "diffusion")
+    _write(objective, shop)
+
+
+def _write(objective: DiffusionObjective, shop: Workshop) -> None:
+    from facegen.training.diffusion import save_base
+
+    objective.module.eval()
+    save_base(cast("SD15Model", objective.model), shop.output / "base")
+    for name, adapter in objective.adapters.items():
+        adapter.save(shop.output / "adapters" / name, dtype=torch.float16)
+
+
+STAGES: Mapping[str, Callable[[Workshop], None]] = {
+    "pictures": draw_pictures,
+    **{name: train_perception(name) for name in PERCEPTION},
+    "vae": train_vae,
+    "latents": encode_pictures,
+    "diffusion": train_diffusion,
+}
+EXTRA: Mapping[str, Callable[[Workshop], None]] = {"write": write_model}
+
+
+def train(
+    output: Path = MINI,
+    stages: Sequence[str] = (),
+    device: str | None = None,
+    budget: float = 1.0,
+    seed: int = 0,
+    work: Path = Path("runs") / "mini",
+) -> None:
+    """Run the named stages, all of them when none is named, in their order.
+
+    ``budget`` is the share of the full recipe's steps and pictures; it must stay the same when a run goes on. The
+    stage "write", only on demand, writes the diffusion model of the last checkpoint without waiting for the end.
+    Raises :class:`WrongRequest` for an unknown stage, :class:`WeightsMissing` where an earlier one is missing, and
+    :class:`facegen.errors.Cancelled` on Ctrl-C; the same call goes on.
+    """
+    known = {**STAGES, **EXTRA}
+    unknown = [name for name in stages if name not in known]
+    if unknown:
+        raise WrongRequest(f"There is no stage '{unknown[0]}'; the stages are: {', '.join(known)}.")
+    if not 0 < budget <= 100:
+        raise WrongRequest(f"budget is a share of the full recipe, above 0 and at most 100, not {budget}.")
+    if device == "cpu":
+        import os
+
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+    torch.set_flush_denormal(True)
+    shop = Workshop(work, output, budget, seed, device)
+    for name in [name for name in known if name in stages] or list(STAGES):
+        logger.info("stage %s", name)
+        try:
+            known[name](shop)
+        except FileNotFoundError as error:
+            raise WeightsMissing(f"The stage '{name}' needs an earlier one that has not run yet: {error}.") from error

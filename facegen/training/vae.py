@@ -1,0 +1,137 @@
+"""Trains the autoencoder of mini: pictures to latents of one eighth of their size, and back."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+
+from facegen.training.cache import Cache
+from facegen.training.loop import Objective
+from facegen.training.objectives.reconstruction import reconstruction_loss
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class VAESettings:
+    """Sizes of the autoencoder and of its training batches."""
+
+    channels: tuple[int, ...] = (16, 32, 64, 96)
+    latent_channels: int = 8
+    groups: int = 4
+    batch: int = 8
+    crop: int = 64  # pixels; the net is convolutional, so it learns on parts and works on wholes
+    kl: float = 2e-5
+    color: float = 1.0
+
+
+def new_vae(settings: VAESettings) -> AutoencoderKL:
+    """An untrained autoencoder; without attention in its middle, so that crops and whole pictures look alike to it."""
+    count = len(settings.channels)
+    return AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        latent_channels=settings.latent_channels,
+        block_out_channels=settings.channels,
+        down_block_types=("DownEncoderBlock2D",) * count,
+        up_block_types=("UpDecoderBlock2D",) * count,
+        layers_per_block=1,
+        norm_num_groups=settings.groups,
+        mid_block_add_attention=False,
+        sample_size=128,
+        scaling_factor=1.0,
+    )
+
+
+class VAEObjective(Objective):
+    """Reconstruct crops through noisy latents, the latents kept near the unit Gaussian (Kingma & Welling 2014).
+
+    A linear map from latents to the pooled picture must also exist (``color``): narrow nets with group
+    normalisation lose the overall colour otherwise.
+    """
+
+    name = "vae"
+
+    def __init__(self, vae: AutoencoderKL, pictures: Cache, held_out: Cache | None, settings: VAESettings) -> None:
+        self.settings, self.vae = settings, vae
+        self.rgb = pictures.whole("rgb")  # (N, H, W, 3) uint8
+        self.held_out = held_out
+        self.factor = 2 ** (len(settings.channels) - 1)
+        self.module = nn.ModuleDict({"vae": vae, "color": nn.Conv2d(settings.latent_channels, 3, 1)})
+        self.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def batch(self, step: int, generator: torch.Generator) -> Tensor:
+        def draw(high: int, count: int = 1) -> list[int]:
+            return torch.randint(high, (count,), generator=generator).tolist()
+
+        crop = self.settings.crop
+        room = self.rgb.shape[1] - crop + 1
+        parts = []
+        for row in draw(len(self.rgb), self.settings.batch):
+            # Two of three crops lie on the face: eyes, mouth and glasses are what must become crisp.
+            y, x = (
+                draw(room, 2) if draw(3)[0] == 0 else [min(room - 1, room // 4 + v) for v in draw(max(1, room // 2), 2)]
+            )
+            part = self.rgb[row, y : y + crop, x : x + crop]
+            parts.append(part.flip(1) if draw(2)[0] else part)
+        return torch.stack(parts).permute(0, 3, 1, 2)  # (B, 3, crop, crop) uint8
+
+    def loss(self, batch: Tensor, step: int, generator: torch.Generator) -> dict[str, Tensor]:
+        settings = self.settings
+        images = (batch.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+        posterior = self.vae.encode(images).latent_dist
+        found = self.vae.decode(posterior.sample(generator)).sample
+        rebuilt = reconstruction_loss(found, images)
+        kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
+        color = F.mse_loss(self.module["color"](posterior.mean), F.avg_pool2d(images, self.factor))
+        loss = rebuilt + settings.kl * settings.latent_channels * kl + settings.color * color
+        return {"loss": loss, "rebuilt": rebuilt, "kl": kl, "color": color}
+
+    def figures(self) -> dict[str, float]:
+        """PSNR in dB over whole held-out pictures (mean of each picture's)."""
+        if self.held_out is None:
+            return {}
+        total: list[Tensor] = []
+        for rows in torch.arange(min(200, len(self.held_out))).split(20):
+            images = self.held_out.rgb(rows)
+            found = (self.vae.decode(self.vae.encode(images * 2 - 1).latent_dist.mode()).sample / 2 + 0.5).clamp(0, 1)
+            total.append(-10 * (found - images).square().mean((1, 2, 3)).log10())
+        return {"psnr": round(float(torch.cat(total).mean()), 2)}
+
+
+@torch.no_grad()
+def fold_statistics(vae: AutoencoderKL, images: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Make each latent channel zero-mean and unit-variance over ``images`` (batches in [-1, 1]), in place.
+
+    The scale and shift go into the 1 x 1 convolutions around the latents, so that pictures come out as before and
+    the format needs nothing but ``scaling_factor`` 1. Returns what was folded in: mean and deviation, (C,) each.
+    """
+    latents = torch.cat([vae.encode(batch).latent_dist.mode() for batch in images])
+    mean, deviation = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
+    count = len(mean)
+    quant, post = vae.quant_conv, vae.post_quant_conv
+    assert quant is not None and post is not None
+    quant.weight[:count] /= deviation[:, None, None, None]
+    quant.bias[:count] = (quant.bias[:count] - mean) / deviation
+    quant.bias[count:] -= 2 * deviation.log()
+    post.bias += (post.weight[:, :, 0, 0] @ mean[:, None])[:, 0]
+    post.weight *= deviation[None, :, None, None]
+    return mean, deviation
+
+
+@torch.no_grad()
+def encode_all(vae: AutoencoderKL, pictures: Cache, batch: int = 32) -> Tensor:
+    """Latents of all pictures, (N, C, h, w) float16."""
+    from tqdm import tqdm
+
+    found = []
+    for rows in tqdm(torch.arange(len(pictures)).split(batch), desc="latents", mininterval=20.0, leave=False):
+        images = (pictures.rgb(rows) * 2 - 1).contiguous(memory_format=torch.channels_last)
+        found.append(vae.encode(images).latent_dist.mode().half())
+    return torch.cat(found)
