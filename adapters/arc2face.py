@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from facegen import checkpoints
 from facegen.adapter import Adapter, AdapterRequest, ready, refuse, trainable, unit
+from facegen.attention.processor import install
 from facegen.checkpoints import SAFE, Shapes, base_name
 from facegen.conditions import Condition, TextCondition
 from facegen.errors import CheckpointBroken, WrongBaseModel, WrongRequest
@@ -158,8 +159,13 @@ class Arc2Face(Adapter):
         return nn.ModuleDict({ENCODER: self.encoder} if self.unet is None else {ENCODER: self.encoder, UNET: self.unet})
 
     def host(self, model: Model) -> Model:
-        """A second model around the own UNet; VAE, tokenizer and schedulers are shared."""
-        return model if self.unet is None else model.with_unet(self.unet)
+        """A second model around the own UNet; VAE, tokenizer, schedulers and turns (`busy`) are shared."""
+        if self.unet is None:
+            return model
+        twin = copy.copy(model)
+        twin.unet = self.unet
+        twin.attention_layers = install(self.unet)
+        return twin
 
     def conditions_from_embeddings(
         self, embeddings: Tensor, model: Model, request: AdapterRequest | None = None

@@ -322,7 +322,7 @@ def _load_clip(folder: Path) -> CLIPVisionModelWithProjection:
             Any,
             CLIPVisionModelWithProjection.from_pretrained(str(place), local_files_only=True, output_loading_info=True),
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointBroken(
             f"The image encoder in {place} cannot be loaded: {str(error).splitlines()[0]}"
         ) from error

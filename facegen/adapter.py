@@ -281,8 +281,10 @@ def load(source: str | Path, model: Model) -> tuple[Adapter, Path]:
     if not path.exists():
         name = str(source)
         kind = find_adapters().get(name)
-        beside = None if (folder := getattr(model, "source", None)) is None else folder.parent / "adapters" / name
-        if beside is not None and beside.is_dir():
+        # diffusers keeps in the UNet's configuration where it came from: …/base/unet
+        origin = Path(model.unet.config.get("_name_or_path") or "")
+        beside = origin.parent.parent / "adapters" / name
+        if origin.is_dir() and beside.is_dir():
             path = beside
         else:
             from facegen.hub import resolve

@@ -82,7 +82,7 @@ def make(name: str, model: Model) -> Adapter:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in adapter.modules().parameters():
-            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
     adapter.modules().eval()
     return adapter
 

@@ -156,7 +156,7 @@ def test_a_fresh_one_has_the_asked_sizes_and_changes_nothing_by_its_controlnet(
         assert torch.equal(call(first.conditions_from_embeddings(embeddings(1), model, asked)), call([]))
     for layer in model.attention_layers:
         if layer.cross:
-            assert torch.equal(first.streams.layers[layer.index].to_k.weight, layer.module.to_k.weight)  # type: ignore[union-attr]
+            assert torch.equal(first.streams.layers[layer.index].to_k.weight, layer.module.to_k.weight)
     with pytest.raises(WrongRequest, match="must read 16"):
         InstantID.fresh(model, DIM, sizes=replace(sizes, context=DIM + 1))
 

@@ -80,7 +80,7 @@ def made(variant: Variant, model: Model, clip: ClipView) -> IPAdapterFaceID:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in adapter.modules().parameters():
-            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
     adapter.modules().requires_grad_(False).eval()
     return adapter
 
