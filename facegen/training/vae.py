@@ -24,9 +24,9 @@ class VAESettings:
 
     channels: tuple[int, ...] = (16, 32, 64, 96)
     latent_channels: int = 8
-    groups: int = 4
-    batch: int = 8
-    crop: int = 64  # pixels; the net is convolutional, so it learns on parts and works on wholes
+    groups: int = 1  # more groups normalise a picture's overall colour away
+    batch: int = 4
+    crop: int = 128  # pixels; normalisation sees the whole crop, so parts alone would teach wrong colours
     kl: float = 2e-5
     color: float = 1.0
 
@@ -116,7 +116,8 @@ def fold_statistics(vae: AutoencoderKL, images: Sequence[Tensor]) -> tuple[Tenso
     mean, deviation = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
     count = len(mean)
     quant, post = vae.quant_conv, vae.post_quant_conv
-    assert quant is not None and post is not None
+    assert quant is not None
+    assert post is not None
     quant.weight[:count] /= deviation[:, None, None, None]
     quant.bias[:count] = (quant.bias[:count] - mean) / deviation
     quant.bias[count:] -= 2 * deviation.log()
