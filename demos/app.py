@@ -33,7 +33,7 @@ from facegen.request import Control, Request, make
 
 log = logging.getLogger(__name__)
 
-PEOPLE = 12
+PEOPLE = 10
 KEPT_SECONDS = 3600
 Update = dict[Any, Any]
 
@@ -70,7 +70,7 @@ def build(loading: Loading) -> gr.Blocks:
     ) as page:
         gr.Markdown(
             f"# facegen\nPictures of a person, made from their photos. Everything runs on this machine; model: "
-            f"**{loading.model}**. Every saved picture says in its metadata that it is AI-generated."
+            f"**{Path(loading.model).name}**. Every saved picture says in its metadata that it is AI-generated."
         )
         with gr.Tabs():
             for name in tasks():
@@ -137,7 +137,7 @@ class TaskTab:
                 with gr.Row():
                     verb = self.name.replace("_", " ").capitalize()
                     self.go = gr.Button(verb, variant="primary", elem_id=f"{self.name}-go")
-                    self.halt = gr.Button("Stop", variant="stop", interactive=False, elem_id=f"{self.name}-stop")
+                    self.halt = gr.Button("Stop", variant="secondary", interactive=False, elem_id=f"{self.name}-stop")
                 self.status = gr.HTML(elem_id=f"{self.name}-status")
                 self.gallery = gr.Gallery(
                     label="Pictures",
@@ -157,9 +157,12 @@ class TaskTab:
         """The controls in the order of the fields; small ones side by side."""
         for small, together in groupby(controls, forms.is_small):
             if small:
-                with gr.Row():
-                    for control in together:
-                        self._add(control)
+                # Two to a row: gr.Row would squeeze all of them into one.
+                members = list(together)
+                for start in range(0, len(members), 2):
+                    with gr.Row():
+                        for control in members[start : start + 2]:
+                            self._add(control)
                 continue
             for control in together:
                 if control.name == "faces":
@@ -176,8 +179,8 @@ class TaskTab:
             with gr.Tab("Example people"):
                 shown = gr.Gallery(
                     show_label=False,
-                    columns=6,
-                    height=190,
+                    columns=5,
+                    height=200,
                     allow_preview=False,
                     object_fit="cover",
                     interactive=False,
@@ -198,7 +201,12 @@ class TaskTab:
             return name, _whom(name, ()), None
 
         shown.select(choose, None, [self.example, chosen, box], api_visibility="private")
-        box.upload(_usable, box, box, api_visibility="private")
+
+        def arrive(raw: Any, name: str | None) -> tuple[Any, str]:
+            good = _usable(raw)
+            return good, _whom(name, good)
+
+        box.upload(arrive, [box, self.example], [box, chosen], api_visibility="private")
         box.change(lambda raw, name: _whom(name, raw or ()), [box, self.example], chosen, api_visibility="private")
 
     def _wire(self) -> None:
