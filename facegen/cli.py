@@ -45,6 +45,9 @@ Verb = Callable[[argparse.Namespace], int]
 
 # what the verbs about the house take
 
+SHEETS = ("people", "expressions", "attributes", "identity", "scene", "truth")
+DATASETS = ("folder", "webdataset")
+
 
 @dataclass(frozen=True, kw_only=True)
 class LookRequest(Request):
@@ -72,14 +75,13 @@ class CompareRequest(Request):
 class WorldRequest(Request):
     task: ClassVar[str] = "Draw people of the face world: a sheet to look at, or a dataset to train on."
 
-    kind: str = choice(
-        "sheet", "What to make", ("sheet", "expressions", "attributes", "folder", "webdataset"), positional=True
-    )
+    kind: str = choice("people", "What to make", (*SHEETS, *DATASETS), positional=True)
     people: int = integer(6, "How many people.", low=1, high=10_000_000)
-    pictures: int = integer(6, "How many pictures of each.", low=1, high=100_000)
-    first_person: int = integer(0, "Number of the first person; from 100000 on they are held out of training.", low=0)
-    size: int = integer(256, "Side of a picture in pixels.", low=32, high=2048, multiple=16)
+    pictures: int = integer(8, "How many pictures of each.", low=1, high=100_000)
+    first_person: int = integer(0, "Number of the first person; from 100000 on they are kept from training.", low=0)
+    size: int = integer(128, "Side of a picture in pixels.", low=16, high=1024)
     seed: int = integer(0, "Which world.", low=0, high=2**53)
+    workers: int = integer(1, "How many processes draw a dataset.", low=1, high=1024)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -480,10 +482,35 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 
 def _world(arguments: argparse.Namespace) -> int:
-    from facegen.world import studio
-
     request = from_flags(WorldRequest, arguments)
-    return studio.make(request, arguments)
+    if request.kind in DATASETS:
+        return _dataset(request, arguments)
+    from facegen.world.sheets import SheetPlan, save_sheet
+
+    path = Path(arguments.output or f"outputs/world-{request.kind}.png").expanduser()
+    path = path if path.suffix else path / f"world-{request.kind}.png"
+    writable(path.parent)
+    plan = SheetPlan(request.people, request.pictures, request.size, request.seed, request.first_person)
+    say(str(save_sheet(path, request.kind, plan)))
+    return 0
+
+
+def _dataset(request: WorldRequest, arguments: argparse.Namespace) -> int:
+    from facegen.world.dataset import DatasetPlan, write_dataset
+
+    folder = Path(arguments.output or f"outputs/world-{request.kind}").expanduser()
+    writable(folder.parent)
+    plan = DatasetPlan(
+        people=request.people,
+        pictures=request.pictures,
+        size=request.size,
+        seed=request.seed,
+        first=request.first_person,
+        format=cast(Any, request.kind),
+    )
+    quiet = (lambda done, total: None) if arguments.quiet else None
+    say(str(write_dataset(folder, plan, workers=request.workers, progress=quiet)))
+    return 0
 
 
 def _read(arguments: argparse.Namespace) -> int:
@@ -627,6 +654,10 @@ def _picture_flags(parser: argparse.ArgumentParser) -> None:
     _outputs(parser)
 
 
+def _world_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-o", "--output", metavar="PATH", help="the sheet's file, or the dataset's folder")
+
+
 def _look_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--save", metavar="PATH", help="also save the photos with the faces drawn in: folder or .png")
     _json_flag(parser)
@@ -660,6 +691,10 @@ HOUSE: Mapping[str, Command] = {
     "compare": Command(
         about=CompareRequest.task, run=_compare, requests=(CompareRequest,), more=_json_flag,
         example="facegen compare one.jpg other.jpg",
+    ),
+    "world": Command(
+        about=WorldRequest.task, run=_world, requests=(WorldRequest,), more=_world_flags,
+        example="facegen world expressions --people 4 -o sheet.png",
     ),
     "read": Command(
         about="Tell how a saved picture was made, and make it again.", run=_read, more=_picture_flags,
