@@ -1,0 +1,261 @@
+"""Is it the same person, and was the prompt obeyed: the identity adapters measured on people who were never trained on.
+
+The face world draws each held-out person twice. The first picture is the reference that an adapter gets; the second,
+with everything but the person drawn anew, shows what the judge gives two true pictures of one person (the ceiling).
+Pairs of different people's pictures are the floor and set the threshold. The judge's net conditions nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from facegen.errors import OutputUnwritable, WrongRequest
+
+if TYPE_CHECKING:
+    from facegen.adapter import Adapter
+    from facegen.conditions import Condition
+    from facegen.evaluation.judges import Judges
+    from facegen.models.base import Model
+    from facegen.world.parameters import Scenes
+
+ADAPTERS = ("none", "arc2face", "instantid", "ip_adapter_faceid")
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured: `prompts` pictures of each of `people` held-out people, by each adapter ("none": no face)."""
+
+    model: str = "mini"
+    adapters: tuple[str, ...] = ADAPTERS
+    people: int = 200
+    prompts: int = 2
+    steps: int = 20
+    guidance: float = 3.0
+    seed: int = 0
+    batch: int = 20
+
+
+@dataclass(frozen=True)
+class Row:
+    """likeness: mean cosine of picture and reference by the judge; tar: share of pictures above the threshold.
+
+    obeyed: share of the prompts' attributes that the judge finds; found: share of pictures with a face in them.
+    """
+
+    name: str
+    likeness: float
+    tar: float
+    obeyed: float
+    found: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """The table; ceiling: a second render of each person, whose obedience is the judge's own accuracy."""
+
+    plan: Plan
+    ceiling: Row
+    floor: float
+    threshold: float
+    rows: tuple[Row, ...] = field(default=())
+
+    def __str__(self) -> str:
+        head = f"{'':20}{'likeness':>10}{'TAR@1e-2':>10}{'prompt':>10}{'face':>10}"
+        lines = [
+            f"{row.name:20}{row.likeness:10.3f}{row.tar:10.1%}{row.obeyed:10.1%}{row.found:10.1%}"
+            for row in (self.ceiling, *self.rows)
+        ]
+        plan = self.plan
+        told = (
+            f"{plan.people} held-out people x {plan.prompts} prompts, {plan.steps} steps, guidance {plan.guidance}; "
+            f"strangers {self.floor:.3f}, threshold at FAR 1e-2 {self.threshold:.3f}"
+        )
+        return "\n".join([told, head, *lines])
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, eq=False)
+class _Cast:
+    """The people: reference pictures (N, 3, H, W), their points (N, 5, 2), pack embeddings (N, D), judged (N, J)."""
+
+    scenes: Scenes
+    pictures: Tensor
+    points: Tensor
+    embeddings: Tensor
+    judged: Tensor
+
+
+def run(
+    model: str = "mini",
+    adapters: Sequence[str] = ADAPTERS,
+    people: int = 200,
+    prompts: int = 2,
+    steps: int = 20,
+    guidance: float = 3.0,
+    seed: int = 0,
+    output: Path | None = None,
+    on_progress: Progress | None = None,
+) -> Result:
+    """Measure and, with `output`, write the table as JSON. Raises WrongRequest, WeightsMissing, OutputUnwritable."""
+    from facegen.adapter import load_adapter
+    from facegen.evaluation.judges import load_judges
+    from facegen.models.base import Model
+
+    if people < 2 or prompts < 1:
+        raise WrongRequest(f"At least 2 people and 1 prompt are needed, not {people} and {prompts}.")
+    plan = Plan(model, tuple(adapters), people, prompts, steps, guidance, seed)
+    judges = load_judges()
+    base = Model.from_pretrained(model)
+    loaded = {name: None if name == "none" else load_adapter(name, base) for name in plan.adapters}
+    with torch.no_grad():
+        result = _measure(plan, judges, base, loaded, on_progress or (lambda done, total: None))
+    if output is not None:
+        _write(result, output)
+    return result
+
+
+def _measure(plan: Plan, judges: Judges, model: Model, adapters: dict[str, Adapter | None], tell: Progress) -> Result:
+    from facegen.world.captions import captions_for
+    from facegen.world.sampling import HELD_OUT_FROM, scenes_for
+
+    names = range(HELD_OUT_FROM, HELD_OUT_FROM + plan.people)
+    first = _drawn(judges, scenes_for(plan.seed, names, [0] * plan.people), model.default_size[0])
+    total, done = plan.people * plan.prompts * (1 + len(adapters)), 0
+    tallies = {name: _Tally(first.judged) for name in ("renders", *adapters)}
+    strangers: list[Tensor] = []
+    for number in range(1, plan.prompts + 1):
+        # What is asked is what another picture of the same person happens to show: always possible, never the same.
+        scenes = scenes_for(plan.seed, names, [number] * plan.people)
+        texts = captions_for(plan.seed, names, [number] * plan.people, scenes, subject="person")
+        second = _drawn(judges, scenes, model.default_size[0])
+        tallies["renders"].add(judges, second.pictures, texts)
+        cosines = second.judged @ first.judged.T
+        strangers.append(cosines[~torch.eye(plan.people, dtype=torch.bool)])
+        tell(done := done + plan.people, total)
+        for name, adapter in adapters.items():
+            for rows in torch.arange(plan.people).split(plan.batch):
+                seeds = [plan.seed + 1_000_003 * number + int(row) for row in rows]
+                asked = [texts[row] for row in rows.tolist()]
+                made = _generate(plan, model, adapter, first, rows, asked, seeds)
+                tallies[name].add(judges, made, asked, rows)
+                tell(done := done + len(rows), total)
+    apart = torch.cat(strangers)
+    threshold = float(torch.quantile(apart, 0.99))
+    return Result(
+        plan,
+        tallies["renders"].row("renders (ceiling)", threshold),
+        float(apart.mean()),
+        threshold,
+        tuple(tallies[name].row(name, threshold) for name in adapters),
+    )
+
+
+def _drawn(judges: Judges, scenes: Scenes, size: int) -> _Cast:
+    from facegen.evaluation.judges import ASSETS, load_network
+    from facegen.face.warp import aligned_crops
+    from facegen.world.render import render
+
+    net = load_network(ASSETS / "pack" / "rec")
+    drawn = [render(scenes[rows], size) for rows in torch.arange(len(scenes)).split(20)]
+    pictures = torch.cat([one.rgb for one in drawn])
+    points = torch.cat([one.landmarks5 for one in drawn])
+    crops = aligned_crops(pictures, points)
+    embeddings = torch.cat([net(part * 2 - 1) for part in crops.split(64)])
+    return _Cast(scenes, pictures, points, embeddings, judges.embed(pictures, points))
+
+
+def _generate(
+    plan: Plan, model: Model, adapter: Adapter | None, cast: _Cast, rows: Tensor, texts: list[str], seeds: list[int]
+) -> Tensor:
+    """Pictures (B, 3, H, W), each from its own seed."""
+    from facegen import schedulers
+    from facegen.denoise import Guidance, denoise, noise
+
+    height, width = model.default_size
+    conditions: list[Condition] = [model.encode_text(texts)]
+    host = model
+    if adapter is not None:
+        conditions += adapter.conditions_from_embeddings(
+            cast.embeddings[rows], model, _request(adapter, cast, rows, texts, (height, width))
+        )
+        host = adapter.host(model)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    scheduler = schedulers.build("model", model.scheduler_config, plan.steps, device=model.device)
+    start = noise(model.latent_shape(height, width), generators, device=model.device, dtype=model.dtype)
+    latents = denoise(
+        host, schedulers.start(scheduler, start), scheduler, conditions, Guidance(plan.guidance), generators
+    )
+    return model.decode(latents).float().cpu()
+
+
+def _request(adapter: Adapter, cast: _Cast, rows: Tensor, texts: list[str], size: tuple[int, int]) -> Any:
+    from facegen.adapter import AdapterRequest
+
+    control = None
+    if "points" in adapter.needs:
+        from facegen.adapters.instantid import draw
+
+        drawn = [torch.from_numpy(draw(one.numpy(), (size[1], size[0]))) for one in cast.points[rows]]
+        control = torch.stack(drawn).permute(0, 3, 1, 2).float() / 255
+    return AdapterRequest(height=size[0], width=size[1], prompt=texts, control=control)
+
+
+class _Tally:
+    """Counts of one way of making pictures."""
+
+    def __init__(self, references: Tensor) -> None:
+        self.references = references
+        self.cosines: list[Tensor] = []
+        self.found: list[Tensor] = []
+        self.asked = self.hit = 0
+
+    def add(self, judges: Judges, pictures: Tensor, texts: Sequence[str], rows: Tensor | None = None) -> None:
+        from facegen.world.facts import probability
+        from facegen.world.words import parse_prompt
+
+        references = self.references if rows is None else self.references[rows]
+        points, found = judges.points(pictures)
+        self.found.append(found)
+        judged = judges.embed(pictures, points) * found[:, None]
+        self.cosines.append(F.cosine_similarity(judged, references))
+        seen = judges.facts(pictures)
+        for place, text in enumerate(texts):
+            facts = [fact for fact in parse_prompt(text) if fact.kind in seen]
+            self.asked += len(facts)
+            self.hit += sum(bool(probability(fact, seen[fact.kind][place]) > 0.5) for fact in facts)
+
+    def row(self, name: str, threshold: float) -> Row:
+        cosines = torch.cat(self.cosines)
+        return Row(
+            name,
+            float(cosines.mean()),
+            float((cosines > threshold).float().mean()),
+            self.hit / max(1, self.asked),
+            float(torch.cat(self.found).float().mean()),
+        )
+
+
+def _write(result: Result, path: Path) -> None:
+    import os
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.new")
+        temporary.write_text(json.dumps(result.to_json(), indent=2) + "\n", "utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OutputUnwritable(
+            f"The table cannot be written to {path}: {error.strerror}; choose another place."
+        ) from error
