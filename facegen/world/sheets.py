@@ -30,6 +30,7 @@ from facegen.world.parameters import (
     Parameter,
     Scenes,
 )
+from facegen.world.raster import CAMERA_DISTANCE
 from facegen.world.render import PARSING, Rendering, render
 from facegen.world.sampling import people_for, scenes_for
 
@@ -75,7 +76,7 @@ def parsing_colors(parsing: Tensor) -> Tensor:
 
 def truths(drawing: Rendering) -> Tensor:
     """Everything known of each picture, side by side: (B, 5, 3, H, W) rgb, parsing, depth, normals, landmarks."""
-    near, far = 2.5, 6.5  # half head heights around a portrait
+    near, far = CAMERA_DISTANCE - 1.4, CAMERA_DISTANCE + 2.0  # half head heights: nose tip to shoulders
     depth = ((far - drawing.depth) / (far - near)).clamp(0, 1).expand(-1, 3, -1, -1)
     return torch.stack(
         [drawing.rgb, parsing_colors(drawing.parsing), depth, drawing.normals * 0.5 + 0.5, _marked(drawing)], 1
