@@ -42,7 +42,7 @@ SCHEDULER = {
     "timestep_spacing": "trailing",
     "clip_sample": False,
     "set_alpha_to_one": True,
-    "steps_offset": 0,
+    "steps_offset": 1,  # not read with this spacing; another value makes diffusers warn
 }
 
 

@@ -1,0 +1,146 @@
+"""The autoencoder's and the diffusion's training, on a toy world and with tiny nets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from facegen.errors import WrongRequest
+from facegen.training.cache import Cache
+from facegen.training.diffusion import (
+    SCHEDULER,
+    DiffusionObjective,
+    DiffusionSettings,
+    Lessons,
+    new_adapters,
+    new_model,
+    save_base,
+)
+from facegen.training.loop import Budget, LoopSettings, run
+from facegen.training.mini import STAGES, train
+from facegen.training.objectives.velocity import VelocityObjective
+from facegen.training.vae import VAEObjective, VAESettings, encode_all, fold_statistics, new_vae
+
+VAE = VAESettings(channels=(16, 16, 32, 32), latent_channels=4, batch=2, crop=64)
+SIZES = DiffusionSettings(
+    channels=(32, 64), text_width=128, text_layers=1, queries=2, resampler_depth=1, rank=2, batch=4
+)
+
+
+@pytest.fixture(scope="module")
+def pictures(draw_cache: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Cache:
+    return Cache(draw_cache(tmp_path_factory.mktemp("pictures"), people=4, pictures=3))
+
+
+@pytest.fixture
+def objective(pictures: Cache, tmp_path: Path) -> DiffusionObjective:
+    from facegen.world.tokenizer import build_tokenizer
+
+    torch.manual_seed(0)
+    model = new_model(new_vae(VAE).requires_grad_(False), build_tokenizer(tmp_path / "tokenizer"), SIZES)
+    generator = torch.Generator().manual_seed(1)
+    latents = torch.randn(len(pictures), 4, 16, 16, generator=generator).half()
+    lessons = Lessons(pictures, latents, torch.randn(len(pictures), 128, generator=generator))
+    return DiffusionObjective(model, new_adapters(model, 128, SIZES), lessons, SIZES)
+
+
+def test_the_autoencoder_learns(pictures: Cache, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    objective = VAEObjective(new_vae(VAE), pictures, pictures, VAE)
+    before = objective.figures()["psnr"]
+    measured = run(objective, tmp_path, Budget(steps=30), LoopSettings(learning_rate=2e-3, warmup=5, average=0.9))
+    assert measured["psnr"] > before + 3
+
+
+def test_folding_statistics_changes_latents_but_no_picture(pictures: Cache) -> None:
+    torch.manual_seed(0)
+    vae = new_vae(VAE).eval()
+    images = pictures.rgb(torch.arange(4)) * 2 - 1
+    with torch.no_grad():
+        before = vae.decode(vae.encode(images).latent_dist.mode()).sample
+        spread = (
+            vae.encode(images).latent_dist.std / vae.encode(images).latent_dist.mode().std((0, 2, 3))[:, None, None]
+        )
+        fold_statistics(vae, [images])
+        after = vae.decode(vae.encode(images).latent_dist.mode()).sample
+    latents = encode_all(vae, pictures)[:4].float()
+    assert (after - before).abs().max() < 1e-4 * before.abs().max()
+    assert latents.mean((0, 2, 3)).abs().max() < 1e-2
+    assert (latents.std((0, 2, 3)) - 1).abs().max() < 1e-2
+    torch.testing.assert_close(vae.encode(images).latent_dist.std, spread, rtol=1e-3, atol=1e-4)
+
+
+def test_velocity_of_a_perfect_prediction_is_zero_and_matches_diffusers() -> None:
+    from diffusers import DDPMScheduler
+
+    generator = torch.Generator().manual_seed(0)
+    latents, noise = torch.randn(2, 5, 4, 8, 8, generator=generator).unbind(0)
+    timesteps = torch.tensor([0, 10, 500, 998, 999])
+    velocity = VelocityObjective(SCHEDULER)
+    reference = DDPMScheduler.from_config({k: v for k, v in SCHEDULER.items() if not k.startswith("_")})
+    wanted = reference.get_velocity(latents, noise, timesteps)
+    torch.testing.assert_close(
+        velocity.noisy(latents, noise, timesteps), reference.add_noise(latents, noise, timesteps)
+    )
+    weighted, plain = velocity.loss(wanted, latents, noise, timesteps)
+    assert weighted < 1e-10
+    assert velocity.loss(wanted + 1, latents, noise, timesteps)[1].item() == pytest.approx(1.0, abs=1e-5)
+
+
+@pytest.mark.parametrize("way", ["prompt", "instantid", "ip_adapter_faceid"])
+def test_every_way_reaches_its_own_weights(objective: DiffusionObjective, way: str) -> None:
+    generator = torch.Generator().manual_seed(3)
+    batch = objective._gather(objective.lessons, torch.arange(4), way, generator)
+    objective.loss(batch, 0, generator)["loss"].backward()
+
+    def touched(module: torch.nn.Module) -> bool:
+        return any(p.grad is not None and bool((p.grad != 0).any()) for p in module.parameters())
+
+    assert touched(objective.model.unet)
+    assert touched(objective.model.text_encoder)
+    for name in ("instantid", "ip_adapter_faceid"):
+        assert touched(objective.adapters[name].modules()) == (name == way)
+
+
+def test_the_face_comes_from_another_picture_of_the_same_person(objective: DiffusionObjective) -> None:
+    rows = torch.arange(12)
+    label = objective.lessons.pictures.label
+    for seed in range(5):
+        roll = torch.rand(12, generator=torch.Generator().manual_seed(seed))
+        other = objective._other(objective.lessons, rows, roll)
+        assert torch.equal(label[other], label[rows])
+        assert (other != rows).all()
+
+
+def test_training_lowers_the_loss_and_what_is_written_loads_in_plain_diffusers(
+    objective: DiffusionObjective, tmp_path: Path
+) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    from facegen.adapter import load_adapter
+    from facegen.models.base import Model
+
+    settings = LoopSettings(learning_rate=2e-3, warmup=5, average=0.9)
+    measured = run(objective, tmp_path / "run", Budget(steps=12), settings)
+    assert measured["train_velocity"] < 1.3
+    objective.module.eval()
+    save_base(objective.model, tmp_path / "base")
+    for name, adapter in objective.adapters.items():
+        adapter.save(tmp_path / "adapters" / name, dtype=torch.float16)
+
+    pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "base", torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe("red hair", num_inference_steps=2, height=128, width=128).images[0].size == (128, 128)
+    model = Model.from_pretrained(tmp_path / "base")
+    for name in objective.adapters:
+        loaded = load_adapter(tmp_path / "adapters" / name, model)
+        assert type(loaded) is type(objective.adapters[name])
+
+
+def test_an_unknown_stage_is_refused(tmp_path: Path) -> None:
+    assert list(STAGES)[0] == "pictures"
+    with pytest.raises(WrongRequest, match="'vea'"):
+        train(tmp_path, ["vea"], work=tmp_path)
