@@ -24,7 +24,6 @@ from facegen.world.sampling import HELD_OUT_FROM
 if TYPE_CHECKING:
     from facegen.models.sd15 import SD15Model
     from facegen.training.diffusion import DiffusionObjective, Lessons
-    from facegen.training.vae import VAEObjective
 
 logger = logging.getLogger(__name__)
 
@@ -89,30 +88,27 @@ def train_perception(name: str) -> Callable[[Workshop], None]:
     return stage
 
 
-def _vae_objective(shop: Workshop) -> VAEObjective:
+def train_vae(shop: Workshop) -> None:
+    """The autoencoder."""
     from facegen.training.vae import VAEObjective, VAESettings, new_vae
 
     settings = VAESettings()
     torch.manual_seed(VAE_SETTINGS.seed)
-    return VAEObjective(new_vae(settings), Cache(shop.pictures), Cache(shop.held_out), settings)
-
-
-def train_vae(shop: Workshop) -> None:
-    """The autoencoder; its latents are then made zero-mean and unit-variance."""
-    measured = run(_vae_objective(shop), shop.work / "vae", Budget(shop.steps("vae")), VAE_SETTINGS)
+    objective = VAEObjective(new_vae(settings), Cache(shop.pictures), Cache(shop.held_out), settings)
+    measured = run(objective, shop.work / "vae", Budget(shop.steps("vae")), VAE_SETTINGS)
     record("vae", measured, shop.output / "mini.json")
 
 
-def finished_vae(shop: Workshop) -> Any:
-    """The autoencoder with its averaged weights and folded statistics, the same at every call."""
-    from facegen.training.vae import fold_statistics
+def finished_vae(shop: Workshop, samples: int = 512) -> Any:
+    """The autoencoder with its averaged weights, and latents made zero-mean and unit-variance; the same every time."""
+    from facegen.training.vae import VAESettings, fold_statistics, new_vae
 
-    objective = _vae_objective(shop)
-    wear_average(objective.module, shop.work / "vae")
-    rows = torch.arange(0, len(objective.held_out or ()), 3)
-    pictures = cast(Cache, objective.held_out)
-    fold_statistics(objective.vae, [pictures.rgb(part) * 2 - 1 for part in rows.split(32)])
-    return objective.vae.eval().requires_grad_(False)
+    vae = new_vae(VAESettings())
+    wear_average(torch.nn.ModuleDict({"vae": vae}), shop.work / "vae", only="vae.")
+    pictures = Cache(shop.pictures)
+    rows = torch.arange(0, len(pictures), max(1, len(pictures) // samples))
+    fold_statistics(vae, [pictures.rgb(part) * 2 - 1 for part in rows.split(32)])
+    return vae.eval().requires_grad_(False)
 
 
 def encode_pictures(shop: Workshop) -> None:
