@@ -74,11 +74,12 @@ class Case:
         """One prompt for each picture."""
         return [PROMPT] * self.pictures
 
-    def pipeline(self, suffix: str = "Pipeline", **parts: Any) -> Any:
-        """diffusers' pipeline class with its components, and the case's scheduler."""
+    def pipeline(self, suffix: str = "Pipeline", *, fresh: bool = False, **parts: Any) -> Any:
+        """diffusers' pipeline class with its components, and the case's scheduler; fresh: weights of its own."""
         kind = getattr(diffusers, PREFIX[self.family] + suffix)
-        extra = {} if self.family == "sdxl" else {"safety_checker": None, "requires_safety_checker": False}
-        pipe = kind.from_pretrained(self.folder, **parts, **extra)
+        extra = {} if self.family == "sdxl" else {"requires_safety_checker": False}
+        read = components.__wrapped__ if fresh else components
+        pipe = kind(**read(self.folder, self.family), **parts, **extra)
         name, changes = SCHEDULERS[self.scheduler]
         pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config, **changes)
         pipe.set_progress_bar_config(disable=True)
@@ -127,6 +128,13 @@ class Options:
     photo: Tensor | None = None
     rescale: float = 0.0
     names: tuple[str, ...] = field(default=())
+
+
+@cache
+def components(folder: Path, family: str) -> dict[str, Any]:
+    """The folder's parts as diffusers loads them."""
+    extra = {} if family == "sdxl" else {"safety_checker": None, "requires_safety_checker": False}
+    return getattr(diffusers, PREFIX[family] + "Pipeline").from_pretrained(folder, **extra).components
 
 
 @cache
@@ -358,7 +366,7 @@ def face_masks() -> list[Tensor]:
 
 def ip_diffusers(case: Case, adapters: Sequence[IPAdapter], masks: Sequence[Tensor] | None = None) -> Tensor:
     """IP-Adapters, with region masks or without."""
-    pipe = case.pipeline()
+    pipe = case.pipeline(fresh=True)  # load_ip_adapter changes the UNet
     count = len(adapters)
     pipe.load_ip_adapter(
         [adapter.state for adapter in adapters],
