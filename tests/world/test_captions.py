@@ -1,0 +1,170 @@
+"""Captions say nothing untrue, and prompts are understood."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from facegen.world.captions import (
+    FACTS,
+    LOOSE,
+    Fact,
+    accepted,
+    caption,
+    captions_for,
+    describe,
+    fact_holds,
+    labels,
+    parse_prompt,
+    probability,
+    say,
+    seen_facts,
+    vocabulary,
+)
+from facegen.world.parameters import HAIR_COLORS, HAIR_STYLES, Scenes
+from facegen.world.sampling import sample_people, sample_scenes, scene_for, scenes_for
+
+
+@pytest.fixture(scope="module")
+def scenes() -> Scenes:
+    generator = torch.Generator().manual_seed(11)
+    return sample_scenes(sample_people(300, generator), generator)
+
+
+@pytest.mark.parametrize("subject", [None, "id person"])
+def test_a_caption_read_back_is_true_of_its_picture(scenes: Scenes, subject: str | None) -> None:
+    captions = caption(scenes, torch.Generator().manual_seed(1), subject=subject)
+    told = 0
+    for row, text in enumerate(captions):
+        found = set(parse_prompt(text))
+        told += len(found)
+        assert found <= set(describe(scenes, row)), text
+    assert told > 2 * len(scenes)
+
+
+def test_captions_vary_and_are_reproducible(scenes: Scenes) -> None:
+    first, again, other = (caption(scenes, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    assert first == again
+    assert sum(a == b for a, b in zip(first, other, strict=True)) < len(first) / 10
+    assert {"photo", "portrait"} <= {text.split()[0] for text in first}
+
+
+def test_a_named_caption_depends_on_its_name_alone() -> None:
+    together = captions_for(2, [4, 9], [1, 0], scenes_for(2, [4, 9], [1, 0]))
+    assert together[1:] == captions_for(2, [9], [0], scene_for(2, 9, 0))
+
+
+def test_arc2face_subject_keeps_its_exact_words(scenes: Scenes) -> None:
+    captions = caption(scenes, torch.Generator().manual_seed(4), subject="id person")
+    assert all(text.startswith("photo of a id person") for text in captions)
+    kinds = {fact.kind for text in captions for fact in parse_prompt(text)}
+    assert not kinds & {"gender", "age"}
+    assert {"hair_color", "expression", "glasses"} <= kinds
+
+
+def test_every_fact_of_every_kind_is_told_sometimes() -> None:
+    generator = torch.Generator().manual_seed(5)
+    many = sample_scenes(sample_people(6000, generator), generator)
+    told = {fact for text in caption(many, generator) for fact in parse_prompt(text)}
+    # Nobody writes these: the loose word covers the first, the others go without saying.
+    unsaid = {("hair_style", "short"), ("expression", "smiling"), ("eyes", "open"), ("tilt", "level")}
+    unsaid |= {("light_color", "neutral")} | {(kind, "no") for kind in FACTS if kind not in ("beard", "moustache")}
+    expected = {(kind, value) for kind, values in FACTS.items() for value in values} - unsaid
+    assert {(kind, value) for kind, value in expected if Fact(kind, value) not in told} == set()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "facts"),
+    [
+        ("portrait, red hair", {"hair_color": "red"}),
+        ("photo of a id person with red hair, smiling", {"hair_color": "red", "expression": "happy"}),
+        ("a woman with long, wavy blonde hair", {"gender": "woman", "hair_style": "long wavy", "hair_color": "blond"}),
+        ("red-haired girl wearing red",
+         {"hair_color": "red", "gender": "woman", "age": "young", "clothes_color": "red"}),
+        ("an old man without beard or glasses", {"age": "old", "gender": "man", "beard": "no", "glasses": "none"}),
+        ("without glasses and red hair", {"glasses": "none", "hair_color": "red"}),
+        ("no glasses, hat", {"glasses": "none", "hat": "hat"}),
+        ("clean-shaven", {"beard": "no", "goatee": "no", "moustache": "no", "stubble": "no"}),
+        ("hair dyed blue", {"hair_color": "blue"}),
+        ("blue eyes, brown hair", {"eye_color": "blue", "hair_color": "brown"}),
+        ("black hoodie, striped green background",
+         {"clothes": "hoodie", "clothes_color": "black", "background": "stripes", "background_color": "green"}),
+        ("(pink ponytail:1.3)", {"hair_style": "ponytail", "hair_color": "pink"}),
+        ("a 65-year-old person", {"age": "old"}),
+        ("a twenty something in a blue t-shirt", {"age": "young", "clothes": "t-shirt", "clothes_color": "blue"}),
+        ("a black woman, dark glasses", {"skin": "dark", "gender": "woman", "glasses": "sunglasses"}),
+        ("old hat", {"hat": "hat"}),
+        ("looking to the left, lit from the right", {"looking": "left", "light": "right"}),
+        ("winking, mouth open", {"eyes": "winking", "mouth": "open"}),
+        ("masterpiece, best quality, 8k", {}),
+        ("", {}),
+    ],
+)  # fmt: skip
+def test_a_free_prompt_is_understood(prompt: str, facts: dict[str, str]) -> None:
+    assert {fact.kind: fact.value for fact in parse_prompt(prompt)} == facts
+    assert all(fact.wanted for fact in parse_prompt(prompt))
+
+
+def test_what_has_no_word_for_its_absence_is_unwanted() -> None:
+    assert parse_prompt("not smiling") == (Fact("expression", "happy", wanted=False),)
+    assert accepted(Fact("expression", "happy", wanted=False)) == set(FACTS["expression"]) - {"smiling", "laughing"}
+
+
+@pytest.mark.parametrize("kind", FACTS)
+def test_every_fact_can_be_said_and_read(kind: str) -> None:
+    for value in FACTS[kind]:
+        found = parse_prompt(say(Fact(kind, value)))
+        if (kind, value) not in (("tilt", "level"), ("light_color", "neutral")):
+            assert any(fact.kind == kind and value in accepted(fact) for fact in found), say(Fact(kind, value))
+
+
+def test_truth_knows_what_cannot_be_seen() -> None:
+    bald = scene_for(0, 1, 0).with_values(hair_style=HAIR_STYLES.index("bald"), hat=0)
+    red = bald.with_values(
+        hair_style=HAIR_STYLES.index("afro"), hair_color=list(HAIR_COLORS).index("red"), eye_close_left=1.0
+    )
+    assert fact_holds(Fact("hair_style", "bald"), bald, 0) is True
+    assert fact_holds(Fact("hair_color", "red"), bald, 0) is None
+    assert fact_holds(Fact("hair_color", "red"), red, 0) is True
+    assert fact_holds(Fact("hair_color", "dark"), red, 0) is False
+    assert fact_holds(Fact("hair_style", "any curly"), red, 0) is True
+
+
+def test_a_judges_answer_decides_every_fact_it_looks_at(scenes: Scenes) -> None:
+    names = ("hair_style", "hair_color", "hat", "glasses", "smile", "jaw_open", "frown", "masculinity")
+    few = scenes[:20]
+    judged = {name: few.column(name) for name in (*names, "brow_inner_raise", "brow_lower")}
+    truth = labels(few)
+    for kind in ("hair_style", "hat", "glasses", "gender"):
+        for value in FACTS[kind]:
+            seen = seen_facts((Fact(kind, value), Fact("earrings", "yes")), judged)
+            for row, facts in enumerate(seen):
+                assert Fact("earrings", "yes") not in facts
+                if truth[kind][row] >= 0:
+                    assert facts[Fact(kind, value)] == (FACTS[kind][int(truth[kind][row])] == value)
+    one_hot = torch.zeros(1, len(HAIR_COLORS))
+    one_hot[0, list(HAIR_COLORS).index("red")] = 1
+    assert seen_facts(parse_prompt("red hair"), {"hair_color": one_hot, "hair_style": torch.tensor([3.0])}) == [
+        {Fact("hair_color", "red"): True}
+    ]
+
+
+def test_a_loose_fact_gathers_probability() -> None:
+    classes = torch.tensor([0.1, 0.2, 0.3, 0.4])
+    assert probability(Fact("glasses", "glasses"), classes) == pytest.approx(0.5)
+    assert probability(Fact("glasses", "glasses", wanted=False), classes) == pytest.approx(0.5)
+    assert all(set(values) <= set(FACTS[kind]) for kind in LOOSE for values in LOOSE[kind].values())
+
+
+def test_a_fact_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(ValueError, match="kinds are"):
+        Fact("shoes", "red")
+    with pytest.raises(ValueError, match="values are"):
+        Fact("hat", "fez")
+
+
+def test_the_vocabulary_holds_every_word_of_captions(scenes: Scenes) -> None:
+    words = set(vocabulary())
+    for text in caption(scenes, torch.Generator().manual_seed(9)):
+        for word in text.replace("-", " ").replace(",", " ").replace("'", " ").split():
+            assert word in words, text
