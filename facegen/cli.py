@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, cast
 
@@ -543,6 +543,7 @@ def _again(record: Any, arguments: argparse.Namespace) -> int:
     stem = Path(arguments.picture).stem
     place = Place.of(arguments.output, f"{stem}-again")
     pipe = _load(task(record.pipeline), loading, arguments)
+    pipe.load_recorded_adapters(record)
     with bar(arguments) as progress:
         ((picture, report),) = pipe.stream(pipe.resolve(request), watch=_watch(progress), indices=[record.index])
     path = place.path(record.index, False, None)
@@ -579,6 +580,8 @@ def command_line(record: Any) -> str:
     from facegen.pipeline import rebuild
 
     loading, request = rebuild(record)
+    if sources := [one["source"] for one in record.loaded.get("adapters", {}).values()]:
+        request = replace(request, adapters=tuple(sources))
     words = ["facegen", record.pipeline]
     for part in (request, loading):
         for name, spec in specs(type(part)).items():

@@ -246,6 +246,11 @@ class Pipeline(ABC, Generic[R]):
         )
         return called
 
+    def load_recorded_adapters(self, record: metadata.Record) -> None:
+        """Load the adapters that made a picture, from where they were and by the names they had."""
+        for name, recorded in record.loaded.get("adapters", {}).items():
+            self.load_adapter(recorded["source"], name)
+
     def unload_adapter(self, name: str) -> None:
         """Forget an adapter."""
         if name not in self.loaded.adapters:
@@ -343,7 +348,10 @@ class Pipeline(ABC, Generic[R]):
         return type(self).__module__.rpartition(".")[2]
 
     def resolve(self, request: R) -> R:
-        """Fill in what the request leaves open, so that it can be repeated: seed, adapters, curves per step."""
+        """Fill in what the request leaves open, so that it can be repeated, and load what it names.
+
+        The seed is drawn, the adapters named, functions become their values at the steps.
+        """
         known = specs(type(request))
         values: dict[str, Any] = {}
         if "seed" in known and getattr(request, "seed", None) is None:
@@ -358,7 +366,9 @@ class Pipeline(ABC, Generic[R]):
                     values[name] = {key: _per_step(curve, steps) for key, curve in value.items()}
                 else:
                     values[name] = _per_step(value, steps)
-        return replace(request, **values)
+        resolved = replace(request, **values)
+        self.worn_loras(getattr(resolved, "loras", {}))  # a file that cannot be worn is told of now
+        return resolved
 
     def _resolved_adapters(self, request: R) -> tuple[str, ...]:
         """The adapters that act: those asked for (loaded if need be), else all, else the model's own choice."""

@@ -142,6 +142,7 @@ def test_the_saved_picture_holds_the_call_and_is_made_again_bit_for_bit(
     loading, request = rebuild(record)
     assert request.faces == (str(me),)
     fresh = GeneratePipeline.load(loading)
+    fresh.load_recorded_adapters(record)
     ((picture, _),) = fresh.stream(fresh.resolve(request), indices=[record.index])
     assert np.array_equal(pixels(picture), pixels(out.images[1]))
     assert picture.record is not None
