@@ -104,7 +104,7 @@ def new_model(vae: nn.Module, tokenizer: Any, settings: DiffusionSettings, sampl
             pad_token_id=tokenizer.pad_token_id,
         )
     )
-    unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    unet.to(memory_format=torch.channels_last)
     plan = MemoryPlan(torch.device("cpu"))
     return SD15Model(unet, cast(Any, vae), text_encoder, tokenizer, SCHEDULER, memory=plan)
 

@@ -63,7 +63,8 @@ class VAEObjective(Objective):
         self.rgb = pictures.whole("rgb")  # (N, H, W, 3) uint8
         self.held_out = held_out
         self.factor = 2 ** (len(settings.channels) - 1)
-        self.module = nn.ModuleDict({"vae": vae, "color": nn.Conv2d(settings.latent_channels, 3, 1)})
+        self.color = nn.Conv2d(settings.latent_channels, 3, 1)
+        self.module = nn.ModuleDict({"vae": vae, "color": self.color})
         self.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def batch(self, step: int, generator: torch.Generator) -> Tensor:
@@ -89,7 +90,7 @@ class VAEObjective(Objective):
         found = self.vae.decode(posterior.sample(generator)).sample
         rebuilt = reconstruction_loss(found, images)
         kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
-        color = F.mse_loss(self.module["color"](posterior.mean), F.avg_pool2d(images, self.factor))
+        color = F.mse_loss(self.color(posterior.mean), F.avg_pool2d(images, self.factor))
         loss = rebuilt + settings.kl * settings.latent_channels * kl + settings.color * color
         return {"loss": loss, "rebuilt": rebuilt, "kl": kl, "color": color}
 
