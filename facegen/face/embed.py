@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -168,7 +168,8 @@ class IResNet(nn.Module):
     def depth(self) -> int | None:
         """18, 34, 50, 100 or 200; None for a net of other proportions."""
         layers = (self.layer1, self.layer2, self.layer3, self.layer4)
-        return _BLOCKS.get(cast(tuple[int, int, int, int], tuple(len(cast(nn.Sequential, layer)) for layer in layers)))
+        first, second, third, fourth = (len(layer) for layer in layers)
+        return _BLOCKS.get((first, second, third, fourth))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.prelu(self.bn1(self.conv1(x)))
@@ -199,7 +200,7 @@ def recogniser_file(folder: Path) -> Path:
 
 def _load_onnx(path: Path, *, weights: bool) -> Any:
     import onnx
-    from google.protobuf.message import DecodeError
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped, unused-ignore]
 
     try:
         return onnx.load(str(path), load_external_data=weights)

@@ -1,0 +1,204 @@
+"""From a photo to its faces: detection, points and embedding through insightface, on any pack of its format."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
+
+from facegen.errors import CheckpointBroken, NoFaceFound, PackageMissing, SeveralFaces, WeightsMissing
+from facegen.face.detect import FINE, Cascade, PointFinder, mean_shape, merge
+from facegen.face.points import PointNet
+from facegen.face.types import Array, Detection, Face
+from facegen.hub import pack_folder, resolve
+from facegen.images import ImageSource, load_rgb, to_bgr
+
+log = logging.getLogger(__name__)
+
+Select = Literal["only", "largest", "central", "all"]
+SELECTIONS: tuple[Select, ...] = ("only", "largest", "central")
+
+_SIZE = 640  # what the packs' detectors and every adapter's own code were tuned to
+_LARGE = 1280  # a second look for tiny faces
+_MODULES = ["detection", "recognition"]
+
+
+class FaceAnalyzer:
+    """A pack of insightface's format, loaded. `from_pretrained` is the way in."""
+
+    def __init__(self, folder: Path, *, name: str, providers: Sequence[str] | None = None) -> None:
+        self.name = name
+        self.folder = folder
+        wanted = list(providers) if providers is not None else default_providers()
+        self.app = _load(folder, wanted)
+        self.app.prepare(ctx_id=0, det_size=(_SIZE, _SIZE))
+        self.providers = _used(self.app, wanted)
+        # The embedded pack learnt from drawings; photographs get a classical detector beside it.
+        self.points: PointFinder = mean_shape
+        self.cascade: Cascade | None = None
+        if (folder / "points.onnx").is_file():
+            self.points = PointNet(folder / "points.onnx", wanted)
+            self.cascade = Cascade()
+
+    @classmethod
+    def from_pretrained(cls, pack: str | Path = "mini", *, providers: Sequence[str] | None = None) -> FaceAnalyzer:
+        """A pack by name ("mini", "buffalo_l", "antelopev2") or folder.
+
+        `providers` are onnxruntime's, best first; without them CUDA where onnxruntime has it, then the CPU.
+        Raises WeightsMissing, CheckpointBroken, PackageMissing.
+        """
+        path = Path(pack).expanduser()
+        if path.is_dir():
+            return cls(pack_folder(path), name=str(pack), providers=providers)
+        if str(pack) == "mini":
+            return cls(resolve("mini", part="pack"), name="mini", providers=providers)
+        return cls(pack_folder(resolve(str(pack))), name=str(pack), providers=providers)
+
+    @property
+    def threshold(self) -> float | None:
+        """The cosine from which on two photos count as one person; None where the pack does not say (pack.json)."""
+        about = self.folder / "pack.json"
+        if not about.is_file():
+            return None
+        value = json.loads(about.read_text(encoding="utf-8")).get("same_person")
+        return None if value is None else float(value)
+
+    def faces(self, photo: ImageSource, *, what: str = "photo") -> list[Face]:
+        """All faces of a photo by descending score; an empty list where there is none. Raises BadImage."""
+        image = load_rgb(photo, what=what)
+        bgr = to_bgr(image)
+        found = []
+        for detection in self.detect(image):
+            points = detection.points if detection.points is not None else self.points(image, detection.box[None])[0]
+            embedding = self.embed(bgr, points)
+            found.append(Face(detection.box, points, detection.score, embedding, image))
+        return found
+
+    def face(self, photo: ImageSource, *, select: Select = "largest", what: str = "photo") -> Face:
+        """One face of a photo: the only, the largest or the most central one.
+
+        Raises NoFaceFound, BadImage, and SeveralFaces where `select` is "only" and there are more.
+        """
+        if select not in SELECTIONS:
+            raise ValueError(f"select must be one of {', '.join(SELECTIONS)}, not {select!r}.")
+        faces = self.faces(photo, what=what)
+        name = "the photo" if what == "photo" else what
+        if not faces:
+            raise NoFaceFound(f"No face was found in {name}; give a photo with one clear face, looking at the camera.")
+        if select == "only" and len(faces) > 1:
+            raise SeveralFaces(
+                f"{len(faces)} faces were found in {name}; crop it to one person, or choose the largest or central."
+            )
+        if select == "central":
+            middle = np.array(faces[0].image.size) / 2
+            return min(faces, key=lambda face: float(np.linalg.norm((face.box[:2] + face.box[2:]) / 2 - middle)))
+        return max(faces, key=lambda face: face.area)
+
+    def embed(self, bgr: Array, points: Array) -> Array:
+        """Raw embedding (D,) float32 of the face with these points (5, 2) in a BGR picture."""
+        from insightface.app.common import Face as Record
+
+        record = Record(kps=np.asarray(points, np.float32))
+        return np.asarray(self.app.models["recognition"].get(bgr, record), np.float32).flatten()
+
+    def detect(self, image: Image.Image) -> list[Detection]:
+        """Detections with points, by descending score; close-ups and tiny faces get a second look."""
+        bgr = to_bgr(image)
+        found = self._learnt(bgr, _SIZE)
+        if self.cascade is not None:
+            found = merge(found + self._classical(image, self.cascade))
+        if not found:
+            # Faces that fill the picture: the detectors know faces with some air around them.
+            border = max(image.size) // 2
+            padded = np.pad(bgr, ((border, border), (border, border), (0, 0)))
+            found = [
+                _shifted(detection, -border) for size in (_SIZE, _SIZE // 2) for detection in self._learnt(padded, size)
+            ]
+            found = merge(found)
+        if not found and max(image.size) > _SIZE:
+            found = self._learnt(bgr, _LARGE)
+        if not found and self.cascade is not None and max(image.size) > 400:
+            found = self._classical(image, Cascade(FINE))
+        return found
+
+    def _learnt(self, bgr: Array, size: int) -> list[Detection]:
+        """The pack's own detector on the picture scaled into a square of `size` pixels.
+
+        The size is given with each call: since insightface 2.1 setting `input_size` has no effect, and `prepare`
+        without a size runs two scales.
+        """
+        boxes, points = self.app.det_model.detect(bgr, input_size=(size, size))
+        if points is None:
+            raise WeightsMissing(
+                f"The detector in {self.folder} finds boxes only; the pack needs one with points (SCRFD …kps.onnx)."
+            )
+        return [
+            Detection(np.asarray(box[:4], np.float32), float(box[4]), np.asarray(five, np.float32))
+            for box, five in zip(boxes, points, strict=True)
+            if box[2] - box[0] > 1 and box[3] - box[1] > 1
+        ]
+
+    def _classical(self, image: Image.Image, cascade: Cascade) -> list[Detection]:
+        found = cascade(image)
+        if not found:
+            return []
+        points = self.points(image, np.stack([detection.box for detection in found]))
+        return [Detection(d.box, d.score, p) for d, p in zip(found, points, strict=True)]
+
+
+def default_providers() -> list[str]:
+    """CUDA where this onnxruntime has it, and the CPU."""
+    _need_opencv()
+    import onnxruntime
+
+    there = onnxruntime.get_available_providers()
+    return [name for name in ("CUDAExecutionProvider", "CPUExecutionProvider") if name in there] or list(there)
+
+
+def _load(folder: Path, providers: list[str]) -> Any:
+    """insightface's FaceAnalysis with detection and recognition alone."""
+    _need_opencv()
+    from insightface.app import FaceAnalysis
+
+    if not any(folder.glob("*.onnx")):
+        raise WeightsMissing(
+            f"{folder} holds no .onnx files; put a detector and a recogniser of insightface's format there."
+        )
+    try:
+        app = FaceAnalysis(name=str(folder), allowed_modules=_MODULES, providers=providers)
+    except AssertionError as error:
+        raise WeightsMissing(f"{folder} holds no face detector; put the pack's SCRFD .onnx file there.") from error
+    except Exception as error:  # onnxruntime has a class of its own for each way a file can be damaged
+        reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
+        raise CheckpointBroken(f"The face pack in {folder} cannot be loaded ({reason}); fetch it again.") from error
+    if "recognition" not in app.models:
+        raise WeightsMissing(f"{folder} holds no recogniser; put the pack's ArcFace .onnx file there.")
+    return app
+
+
+def _used(app: Any, wanted: Sequence[str]) -> tuple[str, ...]:
+    """The providers that really run; onnxruntime falls back to the CPU without an error."""
+    used = tuple(dict.fromkeys(name for model in app.models.values() for name in model.session.get_providers()))
+    if wanted and wanted[0] not in used:
+        log.warning("Face analysis runs on %s: %s is not available here.", ", ".join(used), wanted[0])
+    return used
+
+
+def _need_opencv() -> None:
+    try:
+        import cv2  # type: ignore[import-not-found, unused-ignore]  # noqa: F401
+    except ImportError as error:
+        raise PackageMissing(
+            f"OpenCV cannot be loaded ({error}); install the system library (Debian, Ubuntu: apt install libgl1 "
+            "libglib2.0-0) or replace opencv-python by opencv-python-headless."
+        ) from error
+
+
+def _shifted(detection: Detection, by: float) -> Detection:
+    points = None if detection.points is None else (detection.points + by).astype(np.float32)
+    return Detection((detection.box + by).astype(np.float32), detection.score, points)
