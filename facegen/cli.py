@@ -27,6 +27,7 @@ from facegen.request import (
     flag,
     from_flags,
     integer,
+    names,
     number,
     photo,
     photos,
@@ -82,6 +83,37 @@ class WorldRequest(Request):
     size: int = integer(128, "Side of a picture in pixels.", low=16, high=1024)
     seed: int = integer(0, "Which world.", low=0, high=2**53)
     workers: int = integer(1, "How many processes draw a dataset.", low=1, high=1024)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainRequest(Request):
+    task: ClassVar[str] = (
+        "Train the embedded model from nothing, stage by stage; the same command goes on where it was."
+    )
+
+    what: str = choice("mini", "What to train", ("mini",), positional=True)
+    stages: tuple[str, ...] = names((), "Some stages only, such as pictures, recogniser, vae, diffusion, write.")
+    output: str = text("outputs/mini", "Where the weights are written.", alias="o")
+    work: str = text("runs/mini", "Where checkpoints and drawn pictures are kept meanwhile.")
+    device: str | None = choice(None, "Where to compute.", ("cpu", "cuda", "mps"), optional=True)
+    budget: float = number(1.0, "Share of the full recipe's steps and pictures.", low=1e-6, high=100)
+    seed: int = integer(0, "Which world and which first weights.", low=0, high=2**31)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalRequest(Request):
+    task: ClassVar[str] = "Measure likeness and obedience on people never trained on, and print the table."
+
+    model: str = text("mini", "Base model.")
+    adapters: tuple[str, ...] = names(
+        ("arc2face", "instantid", "ip_adapter_faceid"), "Which adapters; none: the base model alone."
+    )
+    people: int = integer(200, "How many people.", low=2, high=100_000)
+    prompts: int = integer(2, "How many prompts for each.", low=1, high=100)
+    num_inference_steps: int = integer(20, "How many denoising steps.", low=1, high=1000, alias="steps")
+    guidance_scale: float = number(3.0, "How closely to follow the prompts.", low=0, high=50, alias="guidance")
+    seed: int = integer(0, "Where the noise starts.", low=0, high=2**31)
+    output: str | None = text(cast(str, None), "Also write the table as JSON to this file.", optional=True, alias="o")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -513,6 +545,43 @@ def _dataset(request: WorldRequest, arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _train(arguments: argparse.Namespace) -> int:
+    from facegen.training.mini import train
+
+    request = from_flags(TrainRequest, arguments)
+    output, work = Path(request.output).expanduser(), Path(request.work).expanduser()
+    writable(output)
+    writable(work)
+    if not arguments.quiet:
+        logging.getLogger("facegen").setLevel(logging.INFO)
+    train(output, request.stages, request.device, request.budget, request.seed, work)
+    say(str(output))
+    return 0
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    from facegen.evaluation.protocol import run
+
+    request = from_flags(EvalRequest, arguments)
+    output = None if request.output is None else Path(request.output).expanduser()
+    if output is not None:
+        writable(output.parent)
+    with bar(arguments) as progress:
+        result = run(
+            model=request.model,
+            adapters=request.adapters,
+            people=request.people,
+            prompts=request.prompts,
+            steps=request.num_inference_steps,
+            guidance=request.guidance_scale,
+            seed=request.seed,
+            output=output,
+            on_progress=lambda done, total: progress.show(done, total, "pictures"),
+        )
+    say(json.dumps(result.to_json()) if arguments.json else str(result))
+    return 0
+
+
 def _read(arguments: argparse.Namespace) -> int:
     from facegen import metadata
 
@@ -703,6 +772,10 @@ HOUSE: Mapping[str, Command] = {
         about="Tell how a saved picture was made, and make it again.", run=_read, more=_picture_flags,
         example="facegen read outputs/generate-7.png --run",
     ),
+    "train": Command(
+        about=TrainRequest.task, run=_train, requests=(TrainRequest,), example="facegen train mini --budget 0.1"
+    ),
+    "eval": Command(about=EvalRequest.task, run=_eval, requests=(EvalRequest,), more=_json_flag),
     "weights": Command(about="List the weights that are known: where they are, where they come from, their licences.",
         run=_weights, more=_json_flag),
     "doctor": Command(about="Say what is missing on this machine and how to mend it.", run=_doctor, more=_json_flag),

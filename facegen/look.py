@@ -13,7 +13,6 @@ from facegen.request import Photo
 if TYPE_CHECKING:
     from PIL import Image
 
-    from facegen.face.analyze import FaceAnalyzer
     from facegen.face.types import Face
 
 Select = Literal["only", "largest", "central"]
@@ -110,13 +109,8 @@ def compare(
         analyzer.face(image, select=select, what=_name(photo))
         for image, photo in zip(images, (first, second), strict=True)
     )
-    limit = own_threshold(analyzer) if threshold is None else threshold
+    limit = analyzer.threshold if threshold is None else threshold
     return Verdict(cosine=float(one.unit @ other.unit), threshold=limit, pack=pack)
-
-
-def own_threshold(analyzer: FaceAnalyzer) -> float | None:
-    """The cosine from which on the pack takes two photos for one person, where it was measured."""
-    return getattr(analyzer, "threshold", None)
 
 
 def annotated(sight: Sight) -> Image.Image:

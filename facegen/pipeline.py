@@ -144,8 +144,19 @@ class Loaded:
     judges: dict[str, Judges] = field(default_factory=dict)
 
     @property
-    def is_mini(self) -> bool:
-        return self.loading.model == "mini"
+    def assets(self) -> Path | None:
+        """The folder of a model that brings its own face analysis, adapters and judges: mini, or one like it."""
+        from facegen.models.base import locate
+
+        folder = locate(self.loading.model).parent
+        return folder if (folder / "pack").is_dir() else None
+
+    @property
+    def pack(self) -> str | None:
+        """The face pack that the user chose, or that the model brings."""
+        if self.loading.pack is not None or self.assets is None:
+            return self.loading.pack
+        return "mini" if self.loading.model == "mini" else str(self.assets / "pack")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -240,7 +251,7 @@ class Pipeline(ABC, Generic[R]):
         called = name or adapter.name
         if called in self.loaded.adapters and self.loaded.adapters[called].source != str(source):
             raise WrongRequest(f"An adapter called '{called}' is loaded already; give this one another name.")
-        pack = self.loaded.loading.pack or ("mini" if self.loaded.is_mini else adapter.pack)
+        pack = self.loaded.pack or adapter.pack
         self.loaded.adapters[called] = Worn(
             adapter=adapter, source=str(source), sha256=_weights_checksum(path), pack=pack
         )
@@ -262,10 +273,9 @@ class Pipeline(ABC, Generic[R]):
         from facegen.adapter import find_adapters
         from facegen.errors import WeightsMissing
         from facegen.hub import resolve
-        from facegen.models.base import locate
 
-        beside = locate(self.loaded.loading.model).parent / "adapters"
-        if self.loaded.is_mini:
+        if self.loaded.assets is not None:
+            beside = self.loaded.assets / "adapters"
             return tuple(name for name in find_adapters() if (beside / name).is_dir())
         there = []
         for name in find_adapters():
@@ -390,7 +400,7 @@ class Pipeline(ABC, Generic[R]):
 
     def default_adapter(self) -> str:
         """The adapter that is used when faces are given and none is loaded."""
-        if self.loaded.is_mini:
+        if self.loaded.assets is not None:
             return "arc2face"
         raise WrongRequest("No adapter is loaded, so the faces cannot be used; load one, such as 'instantid'.")
 
@@ -422,7 +432,7 @@ class Pipeline(ABC, Generic[R]):
 
     def reading_pack(self) -> str:
         """The pack that finds faces where no adapter says which it wants."""
-        return self.loaded.loading.pack or ("mini" if self.loaded.is_mini else "buffalo_l")
+        return self.loaded.pack or "buffalo_l"
 
     def identity(self, person: Person | None, request: Any, size: tuple[int, int]) -> list[Condition]:
         """The conditions of the request's adapters for this person; `size` is (height, width) of the picture."""
@@ -525,7 +535,7 @@ class Pipeline(ABC, Generic[R]):
         packs = sorted({self.loaded.adapters[name].pack for name in adapters}) or [self.reading_pack()]
         key = " ".join(packs)
         if key not in self.loaded.judges:
-            self.loaded.judges[key] = judges_for(packs, self.analyzer, mini=self.loaded.is_mini)
+            self.loaded.judges[key] = judges_for(packs, self.analyzer, self.loaded.assets)
         return self.loaded.judges[key]
 
     def _report(self, picture: Image.Image, painted: Painted, request: R, index: int) -> Report:

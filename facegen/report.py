@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 
@@ -236,16 +237,19 @@ class PackLikeness:
 OFFICIAL_PACKS = ("antelopev2", "buffalo_l")
 
 
-def judges_for(packs: Sequence[str], analyzer: Callable[[str], Any], *, mini: bool) -> Judges:
-    """The judges that fit pictures conditioned through these face packs; `analyzer` loads a pack by name."""
+def judges_for(packs: Sequence[str], analyzer: Callable[[str], Any], assets: Path | None) -> Judges:
+    """The judges that fit pictures conditioned through these face packs.
+
+    analyzer: loads a pack by name; assets: the folder of a model that brings its own judges, such as mini.
+    """
     from facegen.errors import WeightsMissing
 
     reasons: dict[str, str] = {}
     likeness: LikenessJudge | None = None
     prompt: PromptJudge | None = None
-    if mini:
+    if assets is not None:
         try:
-            likeness, prompt = _mini_judges()
+            likeness, prompt = _mini_judges(assets)
         except WeightsMissing as error:
             reasons = {"likeness": str(error), "prompt": str(error)}
     else:
@@ -265,18 +269,17 @@ def judges_for(packs: Sequence[str], analyzer: Callable[[str], Any], *, mini: bo
     return Judges(detector=detector, likeness=likeness, prompt=prompt, reasons=reasons)
 
 
-def _mini_judges() -> tuple[LikenessJudge, PromptJudge]:
+def _mini_judges(assets: Path) -> tuple[LikenessJudge, PromptJudge]:
     import json
 
-    from facegen.evaluation.judges import ASSETS, load_judges
+    from facegen.evaluation.judges import load_judges
 
-    nets = load_judges()
-    measured = ASSETS / "mini.json"
-    figures = json.loads(measured.read_text("utf-8")) if measured.exists() else {}
-    judge = figures.get("judge", {})
+    nets = load_judges(assets)
+    measured = assets / "mini.json"
+    judge = json.loads(measured.read_text("utf-8")).get("judge", {}) if measured.exists() else {}
     likeness = MiniLikeness(
         nets=nets,
-        name="mini judge",
+        name="mini's judge",
         ceiling=judge.get("same_cosine"),
         floor=judge.get("other_cosine"),
         threshold=nets.same_person,

@@ -324,7 +324,7 @@ def add_flags(parser: argparse.ArgumentParser, request: type[Request], *, skip: 
     for name, spec in specs(request).items():
         if name in left_out:
             continue
-        flags = [flag(name), *([f"--{spec.alias}"] if spec.alias else [])]
+        flags = [flag(name), *([f"{'-' if len(spec.alias) == 1 else '--'}{spec.alias}"] if spec.alias else [])]
         told = flag_help(spec).replace("%", "%%")
         metavar = _METAVARS[spec.kind]
         common: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": told}
