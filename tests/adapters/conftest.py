@@ -21,7 +21,7 @@ from facegen.models.base import Model
 from facegen.models.projections import FaceProjection, ProjectionSizes
 from facegen.models.resampler import PerceiverSizes
 
-DIM = 16  # length of the embeddings here
+DIM = 18  # length of the embeddings here; W+ codes have 18 rows
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from facegen.conditions import TextCondition
 from facegen.errors import WeightsMissing, WrongBaseModel, WrongRequest
 from facegen.models.base import Model
 
-DIM = 16
+DIM = 18
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ ASKED = AdapterRequest(height=64, width=64)
 Call = Callable[..., Tensor]
 Fresh = Callable[[str], Adapter]
 Photos = Callable[[int], Any]
-DIM = 16
+DIM = 18
 
 
 def embeddings(count: int = 1) -> Tensor:

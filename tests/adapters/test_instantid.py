@@ -22,7 +22,7 @@ from facegen.errors import CheckpointBroken, PackageMissing, WeightsMissing, Wro
 from facegen.models.base import Model
 from facegen.models.resampler import PerceiverSizes
 
-DIM = 16
+DIM = 18
 ASKED = AdapterRequest(height=64, width=64)
 Photos = Callable[[int], Any]
 
@@ -157,7 +157,7 @@ def test_a_fresh_one_has_the_asked_sizes_and_changes_nothing_by_its_controlnet(
     for layer in model.attention_layers:
         if layer.cross:
             assert torch.equal(first.streams.layers[layer.index].to_k.weight, layer.module.to_k.weight)
-    with pytest.raises(WrongRequest, match="must read 16"):
+    with pytest.raises(WrongRequest, match="must read 18"):
         InstantID.fresh(model, DIM, sizes=replace(sizes, context=DIM + 1))
 
 

@@ -21,7 +21,7 @@ from facegen.models.base import Model
 from facegen.models.projections import FacePlusProjection, FaceProjection, ProjectionSizes
 from facegen.models.resampler import PerceiverSizes, Resampler
 
-DIM, CLIP = 16, 24
+DIM, CLIP = 18, 24
 ASKED = AdapterRequest(height=64, width=64)
 VARIANTS: tuple[Variant, ...] = ("faceid", "plus", "plusv2", "portrait", "unnorm")
 NAMES = {
@@ -262,5 +262,5 @@ def test_fresh_lora_changes_nothing_yet(model: Model) -> None:
         assert layer.q is not None
         assert not bool(layer.q.up.weight.any())
         assert bool(layer.q.down.weight.any())
-    with pytest.raises(WrongRequest, match="reads 16 numbers, not 17"):
+    with pytest.raises(WrongRequest, match="reads 18 numbers, not 17"):
         IPAdapterFaceID.fresh(model, 17, projector=FaceProjection(ProjectionSizes(DIM, 8, 2, model.text_width)))
