@@ -180,7 +180,7 @@ class TaskTab:
                 shown = gr.Gallery(
                     show_label=False,
                     columns=5,
-                    height=200,
+                    height=212,
                     allow_preview=False,
                     object_fit="cover",
                     interactive=False,
@@ -230,11 +230,12 @@ class TaskTab:
             api_visibility="private",
         )
 
-        def halt(window: gr.Request) -> Update:
+        def halt(window: gr.Request) -> Any:
+            # The run itself says that it has stopped: a word from here might arrive after its last one.
             self.sessions.current(window).set()
-            return {self.status: reports.progress(0, "Stopping …"), self.halt: gr.update(interactive=False)}
+            return gr.update(interactive=False)
 
-        self.halt.click(halt, None, [self.status, self.halt], queue=False, api_visibility="private")
+        self.halt.click(halt, None, self.halt, queue=False, api_visibility="private")
 
     def _busy(self, busy: bool) -> Update:
         return {self.go: gr.update(interactive=not busy), self.halt: gr.update(interactive=busy)}

@@ -78,8 +78,8 @@ def page(window: Any, request: pytest.FixtureRequest) -> Iterator[Any]:
     yield window
     if folder := os.environ.get("FACEGEN_SCREENSHOTS"):
         window.screenshot(path=str(Path(folder) / f"{request.node.name}.png"), full_page=True)
-    for close in window.locator(".toast-close").all():
-        close.click()
+    # In one go: a message may leave by itself while a click on it is under way.
+    window.evaluate("() => document.querySelectorAll('.toast-close').forEach((button) => button.click())")
 
 
 def _steps(page: Any, count: int) -> None:
@@ -92,7 +92,7 @@ def _field(page: Any, name: str, value: str) -> None:
 
 
 def _finished(page: Any) -> None:
-    page.wait_for_function("() => document.querySelector('#generate-stop').disabled", timeout=PATIENCE)
+    page.wait_for_function("() => !document.querySelector('#generate-go').disabled", timeout=PATIENCE)
 
 
 def _toast(page: Any) -> str:
