@@ -447,13 +447,15 @@ class Pipeline(ABC, Generic[R]):
                     raise WrongRequest(
                         f"strength names '{name}', which does not act{suggestion(name, request.adapters)}."
                     )
+        nothing_said = request.prompt == specs(type(request))["prompt"].default
         conditions: list[Condition] = []
         for name in request.adapters:
             worn = self.loaded.adapters[name]
             asked = AdapterRequest(
                 height=size[0],
                 width=size[1],
-                prompt=request.prompt,
+                # An adapter that writes the prompt has a better one than our default, or understands no other.
+                prompt="" if worn.adapter.writes_prompt and nothing_said else request.prompt,
                 negative_prompt=request.negative_prompt,
                 scale=given.get(name) if isinstance(given, Mapping) else given,
                 control_scale=request.control_strength,

@@ -17,6 +17,7 @@ from facegen.adapter import find_adapters
 from facegen.models.base import Model
 from facegen.models.projections import FaceProjection, ProjectionSizes
 from facegen.models.resampler import PerceiverSizes
+from facegen.pipeline import Loaded
 from facegen.pipelines.generate import GeneratePipeline
 
 DIM = 16  # length of the tiny pack's embeddings
@@ -56,9 +57,18 @@ def tiny(tiny_sd15: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def loaded(tiny: Path, tiny_pack: Path) -> Loaded:
+    """What is costly to load, once; the tests must leave the model as they found it."""
+    pipe = GeneratePipeline.from_pretrained(tiny / "base", pack=str(tiny_pack), device="cpu", dtype="float32")
+    pipe.analyzer(str(tiny_pack))
+    return pipe.loaded
+
+
 @pytest.fixture
-def pipe(tiny: Path, tiny_pack: Path) -> GeneratePipeline:
-    return GeneratePipeline.from_pretrained(tiny / "base", pack=str(tiny_pack), device="cpu", dtype="float32")
+def pipe(loaded: Loaded) -> GeneratePipeline:
+    """A pipeline without adapters."""
+    return GeneratePipeline(Loaded(loaded.model, loaded.loading, loaded.sha256, analyzers=loaded.analyzers))
 
 
 def draw(seed: int, side: int = 160) -> Image.Image:
