@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
-Part = TypeVar("Part", bound=nn.Module)
 
 
 class Model(ABC):
@@ -62,6 +62,7 @@ class Model(ABC):
         self.scheduler_config = dict(scheduler_config)
         self.memory = memory or MemoryPlan(unet.device, unet.dtype)
         self.backend = backend
+        self.source: Path | None = None
         self.busy = threading.RLock()
         self.attention_layers = install(unet)
         if self.memory.tiling:
@@ -100,12 +101,27 @@ class Model(ABC):
                 _check_finite(part, name, path)
                 part.requires_grad_(False).eval()
                 plan.place(part)
-        return kind.from_parts(parts, plan)
+        model = kind.from_parts(parts, plan)
+        model.source = path
+        return model
 
     @classmethod
     @abstractmethod
     def from_parts(cls, parts: Mapping[str, Any], memory: MemoryPlan) -> Model:
         """The model made of these parts: diffusers' component names, and "scheduler_config"."""
+
+    def with_unet(self, unet: UNet2DConditionModel) -> Self:
+        """A second model around another UNet (Arc2Face's own), sharing VAE, text encoders and the rest."""
+        if unet.config["cross_attention_dim"] != self.text_width:
+            raise WrongBaseModel(
+                f"The other UNet reads prompts of {unet.config['cross_attention_dim']} channels, the loaded model's"
+                f" text encoder gives {self.text_width}."
+            )
+        other = copy.copy(self)
+        self.memory.place(unet)
+        other.unet = unet
+        other.attention_layers = install(unet)
+        return other
 
     # --- facts --------------------------------------------------------------------------------------------------
 

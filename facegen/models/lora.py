@@ -65,30 +65,38 @@ def _to_diffusers(tensors: Mapping[str, Tensor], model: Model) -> tuple[dict[str
 
 def _pair_up(plain: Mapping[str, Tensor], alphas: Mapping[str, float], path: Path) -> dict[str, LowRankWeights]:
     """Module name → its down and up weights, from every spelling diffusers and peft have used."""
-    from diffusers.utils.state_dict_utils import convert_state_dict_to_peft, convert_unet_state_dict_to_peft
-
-    state = dict(plain)
-    if not any("lora_A" in key for key in state):
-        state = convert_unet_state_dict_to_peft(state)
-        if not any("lora_A" in key for key in state):
-            try:
-                state = convert_state_dict_to_peft(state)
-            except ValueError as error:
-                raise WrongAdapter(f"{path.name} is no LoRA of a known spelling.") from error
     halves: dict[str, dict[str, Tensor]] = {}
-    for key, value in state.items():
+    for key, value in _peft_names(plain).items():
         for half in ("lora_A", "lora_B"):
             mark = f".{half}."
             if mark in key:
                 halves.setdefault(key[: key.index(mark)], {})[half] = value
+    if not halves:
+        raise WrongAdapter(f"{path.name} is no LoRA of a known spelling.")
+    # diffusers names the alphas of kohya's text layers after the whole key of the weights.
+    spelt = _peft_names({name: name for name in alphas})
+    gains = {name.split(".lora_A.")[0]: alphas[old] for name, old in spelt.items()}
     groups: dict[str, LowRankWeights] = {}
     for name, found in halves.items():
         if len(found) != 2:
             raise CheckpointBroken(f"{path.name} lacks one half of the LoRA weights of {name}.")
         down, up = found["lora_A"], found["lora_B"]
-        alpha = alphas.get(name, float(down.shape[0]))
-        groups[name.replace(".processor.", ".")] = LowRankWeights(down, up, alpha / down.shape[0])
+        rank = down.shape[0]
+        groups[name] = LowRankWeights(down, up, gains.get(name, float(rank)) / rank)
     return groups
+
+
+def _peft_names(named: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys in peft's spelling, `<module>.lora_A.weight` and `lora_B`."""
+    from diffusers.utils import state_dict_utils as names
+
+    text = {key: value for key, value in named.items() if key.startswith(TEXT_PREFIXES)}
+    unet = {key: value for key, value in named.items() if key not in text}
+    for table in (names.DIFFUSERS_OLD_TO_PEFT, names.DIFFUSERS_TO_PEFT):
+        text = names.convert_state_dict(text, table)
+    unet = names.convert_unet_state_dict_to_peft(unet)
+    unet = {key.replace(".processor.", "."): value for key, value in unet.items()}
+    return {**text, **unet}
 
 
 def text_module(name: str, encoder: nn.Module) -> str:
