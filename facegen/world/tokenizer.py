@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from facegen.world.captions import vocabulary
 
@@ -46,7 +46,7 @@ def build_tokenizer(folder: Path | str) -> CLIPTokenizer:
 
     tokens, merges = tokens_and_merges(words())
     place = {token: number for number, token in enumerate(tokens)}
-    tokenizer = CLIPTokenizer(vocab=place, merges=merges, model_max_length=MAX_LENGTH)  # type: ignore[arg-type]
+    tokenizer = CLIPTokenizer(vocab=place, merges=cast(Any, merges), model_max_length=MAX_LENGTH)
     tokenizer.save_pretrained(folder)
     config = Path(folder) / "tokenizer_config.json"
     # Only what a reader needs, so that the file is the same from any version of the library.
