@@ -30,10 +30,14 @@ class _Pack(nn.Module):
 
 
 def export(name: str, net: nn.Module, assets: Path) -> list[Path]:
-    """Write one net's files below ``assets``: ``pack/`` for perception, ``judges/`` for the judges."""
+    """Write one net's files below ``assets``: ``pack/`` for perception, ``judges/`` for the judges.
+
+    All weights are kept in half precision; ``net`` itself is rounded, so that it equals what was written.
+    """
     net = net.eval()
+    _round(net)
     if name in JUDGES:
-        return [_weights(net, assets / "judges" / name, half=True)]
+        return [_weights(net, assets / "judges" / name)]
     if isinstance(net, RecogniserNet):
         size = net.config["size"]
         _onnx(net, torch.zeros(1, 3, size, size), assets / "pack" / "rec.onnx", {0: "batch"}, ["embedding"])
@@ -49,12 +53,19 @@ def export(name: str, net: nn.Module, assets: Path) -> list[Path]:
     return [assets / "pack" / "points.onnx"]
 
 
-def _weights(net: nn.Module, stem: Path, half: bool = False) -> Path:
-    """``stem.safetensors`` and ``stem.json``, its config; statistics of batch norms stay float32."""
+@torch.no_grad()
+def _round(net: nn.Module) -> None:
+    """Weights to the nearest number of half precision; statistics of batch norms keep theirs."""
+    for weight in net.parameters():
+        weight.copy_(weight.half().float())
+
+
+def _weights(net: nn.Module, stem: Path) -> Path:
+    """``stem.safetensors`` and ``stem.json``, its config."""
+    weights = {name for name, _ in net.named_parameters()}
     state = {name: value for name, value in net.state_dict().items() if not name.endswith("num_batches_tracked")}
-    if half:
-        state = {n: v if n.endswith(("running_mean", "running_var")) else v.half() for n, v in state.items()}
-    save_tensors(state, stem.with_suffix(".safetensors"))
+    halved = {name: value.half() if name in weights else value for name, value in state.items()}
+    save_tensors(halved, stem.with_suffix(".safetensors"))
     config: dict[str, Any] = net.config  # type: ignore[assignment]
     stem.with_suffix(".json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
     return stem.with_suffix(".safetensors")
@@ -73,5 +84,28 @@ def _onnx(net: nn.Module, example: Tensor, path: Path, free: dict[int, str], out
     torch.onnx.export(
         net, (example,), str(temporary), dynamo=False, opset_version=OPSET,
         input_names=["input"], output_names=outputs, dynamic_axes=axes,
+        # Folding batch norms into the weights would move them off the half-precision grid; onnxruntime folds by itself.
+        training=torch.onnx.TrainingMode.PRESERVE, do_constant_folding=False,
     )  # fmt: skip
+    _halve(temporary)
     os.replace(temporary, path)
+
+
+def _halve(path: Path, smallest: int = 512) -> None:
+    """Store the large weights of an ONNX file in half precision, each with a cast that onnxruntime folds at loading."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    model = onnx.load(str(path))
+    casts = []
+    for tensor in model.graph.initializer:
+        array = numpy_helper.to_array(tensor)
+        if tensor.data_type != TensorProto.FLOAT or array.size < smallest:
+            continue
+        name = tensor.name
+        tensor.CopyFrom(numpy_helper.from_array(array.astype("float16"), f"{name}.half"))
+        casts.append(helper.make_node("Cast", [f"{name}.half"], [name], name=f"/cast/{name}", to=TensorProto.FLOAT))
+    # insightface looks for mxnet's normalisation among the first eight nodes: the casts may come first, they are none.
+    for cast in reversed(casts):
+        model.graph.node.insert(0, cast)
+    onnx.save(model, str(path))

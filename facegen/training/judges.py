@@ -130,8 +130,8 @@ def judge_figures(net: AttributeJudge, cache: Cache, batch: int = 128) -> dict[s
     for rows in torch.arange(len(cache)).split(batch):
         for name, answer in net((cache.rgb(rows) * 2 - 1).to(device)).items():
             answers.setdefault(name, []).append(answer.float().cpu())
-        for name, truth in targets_of(cache.scenes(rows)).items():
-            truths.setdefault(name, []).append(truth)
+        for name, target in targets_of(cache.scenes(rows)).items():
+            truths.setdefault(name, []).append(target)
     truth = {name: torch.cat(parts) for name, parts in truths.items()}
     seen = visible(truth)
     figures: dict[str, float] = {}

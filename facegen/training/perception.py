@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -118,6 +119,9 @@ def train(name: str, places: Places, budget: Budget, start: Path | None = None) 
         net.eval()
         export(name, net, places.assets)
         record(name, measured, places.assets / "mini.json")
+        if name == "recogniser" and "threshold_1e2" in measured:
+            about = {"same_person": measured["threshold_1e2"]}
+            (places.assets / "pack" / "pack.json").write_text(json.dumps(about) + "\n", "utf-8")
     return measured
 
 

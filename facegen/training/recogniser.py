@@ -47,7 +47,7 @@ class RecogniserObjective(Objective):
     def __init__(self, net: nn.Module, cache: Cache, held_out: Cache | None, settings: RecogniserSettings) -> None:
         self.net, self.cache, self.held_out, self.settings = net, cache, held_out, settings
         dim, size = net.config["dim"], net.config["size"]  # type: ignore[index]
-        self.size = int(size)  # type: ignore[arg-type]
+        self.size = int(size)
         torch.manual_seed(settings.seed)
         self.margin = ArcFaceMargin(dim, len(cache.people), settings.scale)  # type: ignore[arg-type]
         self.reading = nn.Linear(dim, len(IDENTITY))  # type: ignore[arg-type]
