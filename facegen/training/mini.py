@@ -55,6 +55,7 @@ class Workshop:
     budget: float = 1.0
     seed: int = 0
     device: str | None = None
+    start: Path | None = None  # a finished model to begin the diffusion with, and whose autoencoder to use
 
     @property
     def pictures(self) -> Path:
@@ -103,6 +104,8 @@ def finished_vae(shop: Workshop, samples: int = 512) -> Any:
     """The autoencoder with its averaged weights, and latents made zero-mean and unit-variance; the same every time."""
     from facegen.training.vae import VAESettings, fold_statistics, new_vae
 
+    if shop.start is not None:
+        return _finished(shop.start).vae
     vae = new_vae(VAESettings())
     wear_average(torch.nn.ModuleDict({"vae": vae}), shop.work / "vae", only="vae.")
     pictures = Cache(shop.pictures)
@@ -148,7 +151,32 @@ def _diffusion_objective(shop: Workshop) -> DiffusionObjective:
     torch.manual_seed(DIFFUSION_SETTINGS.seed)
     model = new_model(finished_vae(shop), build_tokenizer(shop.work / "tokenizer"), settings)
     adapters = new_adapters(model, lessons.embeddings.shape[1], settings)
-    return DiffusionObjective(model, adapters, lessons, settings, held_out)
+    objective = DiffusionObjective(model, adapters, lessons, settings, held_out)
+    if shop.start is not None:
+        _begin_with(objective, shop.start)
+    return objective
+
+
+def _finished(folder: Path) -> SD15Model:
+    from facegen.models.sd15 import SD15Model
+
+    model = SD15Model.from_pretrained(folder / "base", dtype=torch.float32, device="cpu")
+    return cast("SD15Model", model)
+
+
+def _begin_with(objective: DiffusionObjective, folder: Path) -> None:
+    """Give the objective the weights of a finished model of the same sizes."""
+    from facegen.adapter import load_adapter
+
+    before = _finished(folder)
+    parts = {"unet": before.unet, "text_encoder": before.text_encoder}
+    parts |= {
+        name: load_adapter(folder / "adapters" / name, before).modules()
+        for name in objective.adapters
+        if name != "arc2face"  # its encoder is the text encoder
+    }
+    for name, part in parts.items():
+        objective.module.get_submodule(name).load_state_dict(part.state_dict())
 
 
 def train_diffusion(shop: Workshop) -> None:
@@ -192,13 +220,15 @@ def train(
     budget: float = 1.0,
     seed: int = 0,
     work: Path = Path("runs") / "mini",
+    start: Path | None = None,
 ) -> None:
     """Run the named stages, all of them when none is named, in their order.
 
     ``budget`` is the share of the full recipe's steps and pictures; it must stay the same when a run goes on. The
     stage "write", only on demand, writes the diffusion model of the last checkpoint without waiting for the end.
     Raises :class:`WrongRequest` for an unknown stage, :class:`WeightsMissing` where an earlier one is missing, and
-    :class:`facegen.errors.Cancelled` on Ctrl-C; the same call goes on.
+    :class:`facegen.errors.Cancelled` on Ctrl-C; the same call goes on. ``start`` is a finished model (such as the
+    embedded one) with which the diffusion begins instead of from nothing; its autoencoder is kept.
     """
     known = {**STAGES, **EXTRA}
     unknown = [name for name in stages if name not in known]
@@ -211,7 +241,7 @@ def train(
 
         os.environ["ACCELERATE_USE_CPU"] = "true"
     torch.set_flush_denormal(True)
-    shop = Workshop(work, output, budget, seed, device)
+    shop = Workshop(work, output, budget, seed, device, start)
     for name in [name for name in known if name in stages] or list(STAGES):
         logger.info("stage %s", name)
         try:
