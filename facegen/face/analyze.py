@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from facegen.errors import CheckpointBroken, NoFaceFound, PackageMissing, SeveralFaces, WeightsMissing
-from facegen.face.detect import FINE, Cascade, PointFinder, mean_shape, merge
+from facegen.face.detect import FINE, Cascade, PointFinder, Trust, agree, mean_shape, merge
 from facegen.face.points import PointNet
 from facegen.face.types import Array, Detection, Face
 from facegen.hub import pack_folder, resolve
@@ -24,7 +25,9 @@ Select = Literal["only", "largest", "central", "all"]
 SELECTIONS: tuple[Select, ...] = ("only", "largest", "central")
 
 _SIZE = 640  # what the packs' detectors and every adapter's own code were tuned to
-_LARGE = 1280  # a second look for tiny faces
+_SMALL = 320  # what the embedded detector was taught on
+_MEASURED = ("recogniser", "threshold_1e3")  # one stranger in a thousand passes
+_FAINT = Trust().faint
 _MODULES = ["detection", "recognition"]
 
 
@@ -39,11 +42,10 @@ class FaceAnalyzer:
         self.app.prepare(ctx_id=0, det_size=(_SIZE, _SIZE))
         self.providers = _used(self.app, wanted)
         # The embedded pack learnt from drawings; photographs get a classical detector beside it.
-        self.points: PointFinder = mean_shape
-        self.cascade: Cascade | None = None
-        if (folder / "points.onnx").is_file():
-            self.points = PointNet(folder / "points.onnx", wanted)
-            self.cascade = Cascade()
+        has_points = (folder / "points.onnx").is_file()
+        self.points: PointFinder = PointNet(folder / "points.onnx", wanted) if has_points else mean_shape
+        self.cascade: Cascade | None = Cascade() if has_points or name == "mini" else None
+        self.size = _SMALL if self.cascade is not None else _SIZE
 
     @classmethod
     def from_pretrained(cls, pack: str | Path = "mini", *, providers: Sequence[str] | None = None) -> FaceAnalyzer:
@@ -61,12 +63,20 @@ class FaceAnalyzer:
 
     @property
     def threshold(self) -> float | None:
-        """The cosine from which on two photos count as one person; None where the pack does not say (pack.json)."""
-        about = self.folder / "pack.json"
-        if not about.is_file():
-            return None
-        value = json.loads(about.read_text(encoding="utf-8")).get("same_person")
-        return None if value is None else float(value)
+        """The cosine from which on two photos count as one person; None where that was not measured.
+
+        It stands in the pack's own pack.json, or beside it in the embedded model's mini.json.
+        """
+        for file, keys in (
+            (self.folder / "pack.json", ("same_person",)),
+            (self.folder.parent / "mini.json", _MEASURED),
+        ):
+            value: Any = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+            for key in keys:
+                value = value.get(key) if isinstance(value, dict) else None
+            if isinstance(value, (int, float)):
+                return float(value)
+        return None
 
     def faces(self, photo: ImageSource, *, what: str = "photo") -> list[Face]:
         """All faces of a photo by descending score; an empty list where there is none. Raises BadImage."""
@@ -74,9 +84,9 @@ class FaceAnalyzer:
         bgr = to_bgr(image)
         found = []
         for detection in self.detect(image):
-            points = detection.points if detection.points is not None else self.points(image, detection.box[None])[0]
-            embedding = self.embed(bgr, points)
-            found.append(Face(detection.box, points, detection.score, embedding, image))
+            assert detection.points is not None
+            embedding = self.embed(bgr, detection.points)
+            found.append(Face(detection.box, detection.points, detection.score, embedding, image))
         return found
 
     def face(self, photo: ImageSource, *, select: Select = "largest", what: str = "photo") -> Face:
@@ -109,30 +119,31 @@ class FaceAnalyzer:
     def detect(self, image: Image.Image) -> list[Detection]:
         """Detections with points, by descending score; close-ups and tiny faces get a second look."""
         bgr = to_bgr(image)
-        found = self._learnt(bgr, _SIZE)
-        if self.cascade is not None:
-            found = merge(found + self._classical(image, self.cascade))
+        found = self._look(image, bgr, self.cascade)
         if not found:
             # Faces that fill the picture: the detectors know faces with some air around them.
             border = max(image.size) // 2
             padded = np.pad(bgr, ((border, border), (border, border), (0, 0)))
-            found = [
-                _shifted(detection, -border) for size in (_SIZE, _SIZE // 2) for detection in self._learnt(padded, size)
-            ]
-            found = merge(found)
-        if not found and max(image.size) > _SIZE:
-            found = self._learnt(bgr, _LARGE)
-        if not found and self.cascade is not None and max(image.size) > 400:
-            found = self._classical(image, Cascade(FINE))
-        return found
+            close = [self._learnt(padded, size) for size in (self.size, self.size // 2)]
+            found = merge([_shifted(detection, -border) for detections in close for detection in detections])
+        if not found and max(image.size) > self.size:
+            found = self._learnt(bgr, 2 * self.size)
+        if not found and self.cascade is not None and max(image.size) > _SMALL:
+            found = self._look(image, bgr, Cascade(FINE))
+        return [d if d.points is not None else replace(d, points=self.points(image, d.box[None])[0]) for d in found]
 
-    def _learnt(self, bgr: Array, size: int) -> list[Detection]:
-        """The pack's own detector on the picture scaled into a square of `size` pixels.
+    def _look(self, image: Image.Image, bgr: Array, cascade: Cascade | None) -> list[Detection]:
+        if cascade is None:
+            return self._learnt(bgr, self.size)
+        return agree(self._learnt(bgr, self.size, least=_FAINT), cascade(image))
+
+    def _learnt(self, bgr: Array, size: int, least: float | None = None) -> list[Detection]:
+        """The pack's own detector on the picture scaled into a square of `size` pixels; scores of `least` or more.
 
         The size is given with each call: since insightface 2.1 setting `input_size` has no effect, and `prepare`
         without a size runs two scales.
         """
-        boxes, points = self.app.det_model.detect(bgr, input_size=(size, size))
+        boxes, points = self.app.det_model.detect(bgr, input_size=(size, size), det_thresh=least)
         if points is None:
             raise WeightsMissing(
                 f"The detector in {self.folder} finds boxes only; the pack needs one with points (SCRFD …kps.onnx)."
@@ -142,13 +153,6 @@ class FaceAnalyzer:
             for box, five in zip(boxes, points, strict=True)
             if box[2] - box[0] > 1 and box[3] - box[1] > 1
         ]
-
-    def _classical(self, image: Image.Image, cascade: Cascade) -> list[Detection]:
-        found = cascade(image)
-        if not found:
-            return []
-        points = self.points(image, np.stack([detection.box for detection in found]))
-        return [Detection(d.box, d.score, p) for d, p in zip(found, points, strict=True)]
 
 
 def default_providers() -> list[str]:

@@ -66,6 +66,41 @@ def merge(detections: Sequence[Detection], *, iou: float = 0.4, inside: float = 
 
 
 @dataclass(frozen=True)
+class Trust:
+    """When two detectors are believed, alone and together; measured like `CascadeSettings`."""
+
+    faint: float = 0.3  # a learnt score that counts where the cascade agrees
+    alone: float = 0.5  # a learnt score that counts by itself
+    beside: float = 0.75  # a score of either that counts in a picture where both agree on another face
+    votes: float = 0.5  # a cascade score that counts by itself: ornaments gather almost as many votes as faces
+    iou: float = 0.3  # overlap from which on two boxes mean one face
+
+
+def agree(learnt: Sequence[Detection], classical: Sequence[Detection], trust: Trust | None = None) -> list[Detection]:
+    """What a learnt detector and the cascade find together, by descending score.
+
+    Where both see a face, their scores add up like independent witnesses; the learnt box and points are taken where
+    that detector is sure enough, else the cascade's box, without points.
+    """
+    trust = trust or Trust()
+    rest = merge([detection for detection in learnt if detection.score >= trust.faint])
+    found: list[Detection] = []
+    single: list[Detection] = []
+    for box in classical:
+        shared = overlap(box.box, np.stack([d.box for d in rest])) if rest else np.zeros(0)
+        if len(shared) and shared.max() > trust.iou:
+            partner = rest.pop(int(shared.argmax()))
+            sure = partner.score >= trust.alone
+            both = 1 - (1 - partner.score) * (1 - box.score)
+            found.append(Detection(partner.box if sure else box.box, both, partner.points if sure else None))
+        else:
+            single.append(box)
+    single = [detection for detection in single if detection.score >= (trust.beside if found else trust.votes)]
+    rest = [detection for detection in rest if detection.score >= (trust.beside if found else trust.alone)]
+    return merge([*found, *single, *rest], iou=0.3, inside=0.6)
+
+
+@dataclass(frozen=True)
 class CascadeSettings:
     """How thoroughly the cascade looks.
 
@@ -76,12 +111,12 @@ class CascadeSettings:
     straight: tuple[int, ...] = (200, 256, 320)  # and of those without: dearer, for smaller faces
     angles: tuple[float, ...] = (-12.0, 12.0)  # degrees
     step: float = 1.1  # from one window size to the next
-    votes: int = 18  # windows that must agree
-    part: float = 0.3  # of the best face's votes, below which nothing beside it counts
+    votes: int = 8  # windows that must agree; `Trust` asks for more where nobody else sees a face
+    part: float = 0.2  # of the best face's votes, below which nothing beside it counts
     certain: int = 60  # votes that make a score of one
 
 
-FINE = CascadeSettings(turned=(), straight=(400, 512, 640), votes=8)  # for faces a thirtieth of the picture wide
+FINE = CascadeSettings(turned=(), straight=(400, 560))  # for faces a thirtieth of the picture wide
 
 
 class Cascade:

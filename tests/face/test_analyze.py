@@ -107,7 +107,7 @@ def test_close_ups_get_a_border(analyzer: FaceAnalyzer, monkeypatch: pytest.Monk
     sizes: list[tuple[int, int]] = []
     learnt = analyzer._learnt
 
-    def only_padded(bgr: Any, size: int) -> Any:
+    def only_padded(bgr: Any, size: int, least: float | None = None) -> Any:
         sizes.append((bgr.shape[1], size))
         return learnt(bgr, size) if bgr.shape[1] > 500 else []
 
@@ -121,7 +121,7 @@ def test_close_ups_get_a_border(analyzer: FaceAnalyzer, monkeypatch: pytest.Monk
 def test_tiny_faces_get_a_larger_look(analyzer: FaceAnalyzer, monkeypatch: pytest.MonkeyPatch) -> None:
     looks: list[int] = []
 
-    def never(_: Any, size: int) -> list[Any]:
+    def never(_: Any, size: int, least: float | None = None) -> list[Any]:
         looks.append(size)
         return []
 
@@ -177,6 +177,9 @@ def test_the_pack_may_say_its_threshold(tmp_path: Path, tiny_pack: Path, analyze
     shutil.copytree(tiny_pack, tmp_path / "pack")
     (tmp_path / "pack" / "pack.json").write_text('{"same_person": 0.31}')
     assert FaceAnalyzer.from_pretrained(tmp_path / "pack").threshold == 0.31
+    (tmp_path / "pack" / "pack.json").unlink()
+    (tmp_path / "mini.json").write_text('{"recogniser": {"threshold_1e3": 0.55}}')
+    assert FaceAnalyzer.from_pretrained(tmp_path / "pack").threshold == 0.55
 
 
 def test_without_opencv_the_error_says_what_to_install(tiny_pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:

