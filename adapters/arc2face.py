@@ -92,20 +92,15 @@ class Arc2Face(Adapter):
         return {"base": base_name(width), "token width": width}
 
     @classmethod
-    def find(cls, folder: Path) -> Path | None:
+    def find(cls, folder: Path) -> list[Path]:
         """The folder `encoder` in it, or the folder itself when it is called that."""
-        for place in (folder / ENCODER, folder):
-            if place.name == ENCODER and (place / "config.json").is_file():
-                return place
-        return None
+        places = (folder / ENCODER, folder)
+        return [place for place in places if place.name == ENCODER and (place / "config.json").is_file()][:1]
 
     @classmethod
     def from_pretrained(cls, source: str | Path, model: Model) -> Arc2Face:
         """From a folder with `encoder/` and, where the base model was not tuned with it, the UNet `arc2face/`."""
-        folder = Path(source).expanduser()
-        place = cls.find(folder) if folder.is_dir() else None
-        if place is None:
-            raise refuse(folder, "Arc2Face's folder encoder/ (config.json and weights)")
+        place = cls.choose(source, model)
         unet = _load_unet(place.parent / UNET, model) if (place.parent / UNET).is_dir() else None
         adapter = cls(_load_encoder(place), model, unet)
         ready(adapter.modules(), model)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from facegen import checkpoints
-from facegen.adapter import Adapter, AdapterRequest, FaceLike, halves, ready, refuse, seen, trainable, with_zeros
+from facegen.adapter import Adapter, AdapterRequest, FaceLike, halves, ready, seen, trainable, with_zeros
 from facegen.checkpoints import SAFE, Shapes, base_name, section
 from facegen.conditions import Condition, ControlCondition, TokenCondition
 from facegen.errors import CheckpointBroken, PackageMissing, WeightsMissing, WrongBaseModel, WrongRequest
@@ -69,10 +69,7 @@ class InstantID(Adapter):
     @classmethod
     def from_pretrained(cls, source: str | Path, model: Model) -> InstantID:
         """From `ip-adapter.bin` (or .safetensors) with `ControlNetModel/` beside it, or the folder of both."""
-        path = Path(source).expanduser()
-        file = cls.find(path) if path.is_dir() else path
-        if file is None or not cls.detect(checkpoints.shapes(file), file.name):
-            raise refuse(path, "InstantID's ip-adapter.bin")
+        file = cls.choose(source, model)
         tensors = checkpoints.read(file)
         parts = section(tensors, "image_proj")
         checkpoints.require(parts, "latents", "proj_in.weight", "proj_out.weight", "layers.0.0.to_q.weight", path=file)

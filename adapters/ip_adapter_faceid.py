@@ -30,7 +30,6 @@ from facegen.adapter import (
     fused,
     halves,
     ready,
-    refuse,
     seen,
     stacked,
     trainable,
@@ -138,10 +137,7 @@ class IPAdapterFaceID(Adapter):
 
         The companions `…_lora.safetensors` repeat what the file holds and are not read.
         """
-        path = Path(source).expanduser()
-        file = cls.find(path) if path.is_dir() else path
-        if file is None or not cls.detect(checkpoints.shapes(file), file.name):
-            raise refuse(path, "an IP-Adapter-FaceID file")
+        file = cls.choose(source, model)
         tensors = checkpoints.read(file)
         shapes = {key: tuple(value.shape) for key, value in tensors.items()}
         variant = variant_of(shapes, file.name)

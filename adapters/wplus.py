@@ -22,10 +22,10 @@ from facegen.adapter import (
     FaceLike,
     halves,
     ready,
-    refuse,
     seen,
     stacked,
     trainable,
+    weight_files,
     with_zeros,
 )
 from facegen.checkpoints import SAFE, Shapes, Tensors, base_name, section
@@ -98,10 +98,7 @@ class WPlus(Adapter):
     @classmethod
     def from_pretrained(cls, source: str | Path, model: Model) -> WPlus:
         """From `wplus_adapter.bin`, or a folder with it; `e4e_ffhq_encode.pt` beside it is loaded too."""
-        path = Path(source).expanduser()
-        file = cls.find(path) if path.is_dir() else path
-        if file is None or not cls.detect(checkpoints.shapes(file), file.name):
-            raise refuse(path, "a W+ adapter")
+        file = cls.choose(source, model)
         tensors = _renamed(checkpoints.read(file))
         streams = Streams.from_tensors(
             section(tensors, "wplus_adapter"), model, file, word="wplus", section="wplus_adapter"
@@ -121,14 +118,10 @@ class WPlus(Adapter):
         return adapter
 
     @classmethod
-    def find(cls, folder: Path) -> Path | None:
-        """See Adapter.find; the encoder beside it is not looked into."""
-        files = [path for path in folder.glob("*wplus*") if path.suffix in checkpoints.SUFFIXES]
-        found = [path for path in sorted(files) if cls.detect(checkpoints.shapes(path), path.name)]
-        if len(found) > 1:
-            names = ", ".join(path.name for path in found)
-            raise WrongRequest(f"{folder} holds several {cls.title} files ({names}); name one of them.")
-        return found[0] if found else None
+    def find(cls, folder: Path) -> list[Path]:
+        """See Adapter.find; the encoder beside it, a gigabyte, is not looked into."""
+        files = [path for path in weight_files(folder) if path.name != ENCODER]
+        return [path for path in files if cls.detect(checkpoints.shapes(path), path.name)]
 
     @classmethod
     def fresh(cls, model: Model, embedding_dim: int = ROWS * 512, *, seed: int = 0) -> WPlus:

@@ -112,16 +112,31 @@ class Adapter(ABC):
         return {}
 
     @classmethod
-    def find(cls, folder: Path) -> Path | None:
-        """The file (or sub-folder) in `folder` from which this family loads, None when there is none.
+    def find(cls, folder: Path) -> list[Path]:
+        """The files (or sub-folders) in `folder` from which this family loads."""
+        return [path for path in weight_files(folder) if cls.detect(checkpoints.shapes(path), path.name)]
 
-        Raises WrongRequest when there are several.
+    @classmethod
+    def choose(cls, source: str | Path, model: Model) -> Path:
+        """The file that `source`, a file or a folder, stands for: of several in a folder the one made for this base.
+
+        Raises WeightsMissing, WrongAdapter (nothing of this family), WrongRequest (several that fit).
         """
-        found = [path for path in weight_files(folder) if cls.detect(checkpoints.shapes(path), path.name)]
+        path = Path(source).expanduser()
+        if path.is_dir():
+            found = cls.find(path)
+        else:
+            found = [path] if cls.detect(checkpoints.shapes(path), path.name) else []
+        if not found:
+            raise refuse(path, f"a file of {cls.title}")
         if len(found) > 1:
-            names = ", ".join(path.name for path in found)
-            raise WrongRequest(f"{folder} holds several {cls.title} files ({names}); name one of them.")
-        return found[0] if found else None
+            width = model.text_width
+            own = [one for one in found if cls.sizes(checkpoints.shapes(one), one.name).get("token width") == width]
+            found = own or found
+        if len(found) > 1:
+            names = ", ".join(one.name for one in found)
+            raise WrongRequest(f"{path} holds several {cls.title} files ({names}); name one of them.")
+        return found[0]
 
     @classmethod
     @abstractmethod
@@ -344,9 +359,12 @@ def describe(path: Path) -> Description:
     """Tell what a file or folder is, without loading it; WeightsMissing or CheckpointBroken."""
     kind = None
     for candidate in find_adapters().values():
-        found = candidate.find(path) if path.is_dir() else path
-        if found is not None and (path.is_dir() or candidate.detect(checkpoints.shapes(path), path.name)):
-            kind, path = candidate, found
+        if path.is_dir():
+            found = candidate.find(path)
+        else:
+            found = [path] if candidate.detect(checkpoints.shapes(path), path.name) else []
+        if found:
+            kind, path = candidate, found[0]
             break
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.suffix in checkpoints.SUFFIXES)

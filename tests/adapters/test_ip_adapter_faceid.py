@@ -264,3 +264,17 @@ def test_fresh_lora_changes_nothing_yet(model: Model) -> None:
         assert bool(layer.q.down.weight.any())
     with pytest.raises(WrongRequest, match="reads 18 numbers, not 17"):
         IPAdapterFaceID.fresh(model, 17, projector=FaceProjection(ProjectionSizes(DIM, 8, 2, model.text_width)))
+
+
+def test_of_a_folder_with_files_for_several_bases_the_fitting_one_is_taken(
+    model: Model, other_model: Model, clip: ClipView, tmp_path: Path
+) -> None:
+    file = made("portrait", model, clip).save(tmp_path)
+    made("portrait", other_model, clip).save(tmp_path / "other").rename(
+        tmp_path / "ip-adapter-faceid-portrait_sdxl.bin"
+    )
+    for base in (model, other_model):
+        adapter = load_adapter(tmp_path, base)
+        assert isinstance(adapter, IPAdapterFaceID)
+        assert adapter.streams.token_width == base.text_width
+    assert file.is_file()
