@@ -10,7 +10,9 @@ import argparse
 import json
 import logging
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -156,7 +158,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     try:
-        return _dispatch(words)
+        with _interruptible():
+            return _dispatch(words)
     except FacegenError as error:
         _complain(str(error), debug)
         return error.exit_code
@@ -175,6 +178,28 @@ def main(argv: Sequence[str] | None = None) -> int:
             debug,
         )
         return 1
+
+
+_stopping = threading.Event()
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt as ever; should a library swallow it, the next step of the work stops."""
+
+    def stop(number: int, frame: object) -> NoReturn:
+        _stopping.set()
+        raise KeyboardInterrupt
+
+    _stopping.clear()
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _complain(sentence: str, debug: bool) -> None:
@@ -457,7 +482,7 @@ def _watch(progress: Bar) -> Any:
     def tell(now: Progress) -> None:
         progress.show(now.done, now.total, now.stage)
 
-    return Watch(on_progress=tell)
+    return Watch(on_progress=tell, cancelled=_stopping.is_set)
 
 
 def _hello(arguments: argparse.Namespace) -> int:
@@ -473,8 +498,8 @@ def _hello(arguments: argparse.Namespace) -> int:
     pipe = _load(task("generate"), loading, arguments)
     made: list[hello.Portrait] = []
     with bar(arguments) as progress:
-        for portrait in hello.portraits(pipe, request, lambda now: progress.show(now.done, now.total, "painting")):
-            path = place.path(len(made), True, None)
+        for portrait in hello.portraits(pipe, request, _watch(progress)):
+            path = place.folder / f"{place.stem}-{len(made) + 1}.png"
             portrait.picture.save(path)
             made.append(portrait)
             with progress.aside():

@@ -5,6 +5,7 @@ They are people that mini was never trained on, looking into the camera; the sam
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from facegen.errors import WrongRequest
@@ -55,6 +56,11 @@ def scene(name: str, picture: int = 0) -> Scenes:
 
 def photo(name: str, picture: int = 0) -> Image.Image:
     """A drawn photo of an example person, 256 x 256 RGB."""
+    return _drawn(name, picture).copy()
+
+
+@lru_cache(maxsize=64)
+def _drawn(name: str, picture: int) -> Image.Image:
     from facegen.images import to_pil
     from facegen.world.render import render
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from PIL import Image, ImageFont
 
     from facegen.metadata import Picture
-    from facegen.pipeline import Pipeline, Progress
+    from facegen.pipeline import Pipeline, Progress, Watch
     from facegen.report import Report
 
 # What stands under a portrait, and the prompt it is made from.
@@ -43,7 +43,7 @@ class Portrait:
     report: Report
 
 
-def portraits(pipe: Pipeline[Any], request: Any, on_progress: Callable[[Progress], None]) -> Iterator[Portrait]:
+def portraits(pipe: Pipeline[Any], request: Any, watch: Watch) -> Iterator[Portrait]:
     """The portraits one by one; `request` is the command's HelloRequest, `pipe` a GeneratePipeline."""
     from facegen.pipeline import Progress, Watch
 
@@ -51,7 +51,7 @@ def portraits(pipe: Pipeline[Any], request: Any, on_progress: Callable[[Progress
     for place, (label, prompt) in enumerate(looks):
 
         def tell(now: Progress, place: int = place) -> None:
-            on_progress(Progress(stage=now.stage, done=place * now.total + now.done, total=len(looks) * now.total))
+            watch.tell(Progress(stage=now.stage, done=place * now.total + now.done, total=len(looks) * now.total))
 
         asked = pipe.resolve(
             pipe.request(

@@ -142,6 +142,7 @@ class Loaded:
     analyzers: dict[str, FaceAnalyzer] = field(default_factory=dict)
     loras: dict[tuple[str, float], LoraCondition] = field(default_factory=dict)
     judges: dict[str, Judges] = field(default_factory=dict)
+    people: dict[tuple[str, ...], Person] = field(default_factory=dict)  # by the checksums of their photos
 
     @property
     def assets(self) -> Path | None:
@@ -409,13 +410,29 @@ class Pipeline(ABC, Generic[R]):
 
         Raises BadImage, NoFaceFound, or SeveralFaces where `select` is "only".
         """
-        from facegen.face.fuse import fuse
+        from facegen import metadata
         from facegen.images import load_rgb
 
         if not photos:
             return None
         loaded = tuple(examples.photo(one) if examples.is_example(one) else load_rgb(one) for one in photos)
         packs = list(dict.fromkeys(self.loaded.adapters[name].pack for name in adapters)) or [self.reading_pack()]
+        key = (select, *packs, *(metadata.photo_record(image)["sha256"] for image in loaded))
+        if key not in self.loaded.people:
+            if len(self.loaded.people) >= 16:  # a photo may have 16 megapixels
+                self.loaded.people.clear()
+            self.loaded.people[key] = self._meet(photos, loaded, packs, select)
+        person = self.loaded.people[key]
+        for warning in person.warnings:
+            log.warning(warning)
+        return person
+
+    def _meet(
+        self, photos: Sequence[Photo], loaded: tuple[Image.Image, ...], packs: Sequence[str], select: str
+    ) -> Person:
+        """Find the face of each photo with each pack, and fuse."""
+        from facegen.face.fuse import fuse
+
         faces: dict[str, tuple[Face, ...]] = {}
         fused: dict[str, Fused] = {}
         for pack in packs:
@@ -426,8 +443,6 @@ class Pipeline(ABC, Generic[R]):
             )
             fused[pack] = fuse(faces[pack])
         warnings = tuple(dict.fromkeys(one.warning for one in fused.values() if one.warning))
-        for warning in warnings:
-            log.warning(warning)
         return Person(photos=loaded, faces=faces, fused=fused, warnings=warnings)
 
     def reading_pack(self) -> str:

@@ -250,8 +250,8 @@ def judges_for(packs: Sequence[str], analyzer: Callable[[str], Any], assets: Pat
     if assets is not None:
         try:
             likeness, prompt = _mini_judges(assets)
-        except WeightsMissing as error:
-            reasons = {"likeness": str(error), "prompt": str(error)}
+        except WeightsMissing:
+            reasons = dict.fromkeys(("likeness", "prompt"), f"{assets / 'judges'} lacks the judges")
     else:
         second = next((pack for pack in OFFICIAL_PACKS if pack not in packs), None)
         try:

@@ -170,7 +170,7 @@ def test_ctrl_c_leaves_nothing_half_written(quick: list[str], tmp_path: Path) ->
     assert process.stdout.readline().startswith(str(tmp_path / "out"))  # the first picture is finished
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)
-    _, complaint = process.communicate(timeout=60)
+    _, complaint = process.communicate(timeout=180)
     assert process.returncode == 130
     assert complaint.strip().splitlines() == [
         "facegen: Stopped; what was finished is whole, nothing half-written is left."
@@ -187,6 +187,6 @@ def test_ctrl_c_while_loading(quick: list[str], tmp_path: Path) -> None:
     while not (tmp_path / "out").exists():  # the first thing that a run does
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    _, complaint = process.communicate(timeout=60)
+    _, complaint = process.communicate(timeout=180)
     assert process.returncode == 130
     assert len(complaint.strip().splitlines()) == 1
