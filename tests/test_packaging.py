@@ -59,18 +59,19 @@ def test_every_folder_with_code_is_a_package(root: Path) -> None:
     assert not [str(folder) for folder in folders if not (folder / "__init__.py").is_file()]
 
 
-def test_wheel_holds_the_tree(root: Path, wheel: Path) -> None:
+def test_wheel_holds_the_tree(wheel: Path) -> None:
+    tree = wheel.parent.parent
     with zipfile.ZipFile(wheel) as archive:
         inside = {name for name in archive.namelist() if ".dist-info/" not in name}
     expected = set()
     for folder, installed in {"facegen": "facegen", **{name: f"facegen/{name}" for name in LINKS}}.items():
-        for path in (root / folder).rglob("*"):
-            relative = path.relative_to(root / folder)
+        for path in (tree / folder).rglob("*"):
+            relative = path.relative_to(tree / folder)
             linked = folder == "facegen" and relative.parts[0] in LINKS
             hidden = any(part.startswith((".", "__pycache__")) for part in relative.parts)
             if linked or hidden or not path.is_file():
                 continue
-            if path.suffix == ".py" or path.name == "py.typed" or relative.parts[0] == "assets":
+            if path.suffix in (".py", ".css", ".typed") or relative.parts[0] == "assets":
                 expected.add(f"{installed}/{relative.as_posix()}")
     assert inside == expected
 
