@@ -94,7 +94,7 @@ def lora(model: Model, seed: int, **more: Any) -> LoraCondition:
 
 
 def control(model: Model, **more: Any) -> ControlCondition:
-    from diffusers import ControlNetModel
+    from diffusers.models.controlnets.controlnet import ControlNetModel
 
     net = ControlNetModel.from_unet(model.unet, conditioning_embedding_out_channels=(8, 8, 16, 16))
     generator = torch.Generator().manual_seed(3)
@@ -147,9 +147,11 @@ def test_keys_of_constant_tokens_are_computed_once(model: Model, text: TextCondi
     condition = face(model, 1, scale=[1.0, 0.8, 0.6, 0.4])
     calls: list[str] = []
     layer = next(layer for layer in model.attention_layers if layer.cross)
+    to_k = layer.module.to_k
+    assert to_k is not None
     hooks = [
         condition.layers[layer.index].to_k.register_forward_hook(lambda *_: calls.append("stream")),
-        layer.module.to_k.register_forward_hook(lambda *_: calls.append("text")),
+        to_k.register_forward_hook(lambda *_: calls.append("text")),
     ]
     run(model, [text, condition])
     for hook in hooks:

@@ -121,9 +121,9 @@ def test_layers_are_counted_mid_block_last(model: Model) -> None:
 
 def test_the_processor_is_set_once_and_is_plain_without_a_context(model: Model, text: TextCondition) -> None:
     assert all(isinstance(p, FacegenAttention) for p in model.unet.attn_processors.values())
-    from diffusers import UNet2DConditionModel
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
-    stock = UNet2DConditionModel.from_config(model.unet.config)
+    stock: Any = UNet2DConditionModel.from_config(model.unet.config)
     stock.load_state_dict(model.unet.state_dict())
     x, rows = draw(7, 2, 4, 8, 8), text.embeds.flatten(0, 1)
     with torch.no_grad():

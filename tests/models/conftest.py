@@ -23,13 +23,14 @@ def inpainting(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactor
     """The same with UNets of nine input channels."""
     import shutil
 
-    from diffusers import UNet2DConditionModel
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
     made = {}
     for family, folder in folders.items():
         copy = tmp_path_factory.mktemp("inpainting") / family
         shutil.copytree(folder, copy)
-        config: dict[str, Any] = dict(UNet2DConditionModel.load_config(folder / "unet"))
+        read: Any = UNet2DConditionModel.load_config
+        config: dict[str, Any] = dict(read(folder / "unet"))
         config["in_channels"] = 9
         unet: Any = UNet2DConditionModel.from_config(config)
         unet.save_pretrained(copy / "unet")

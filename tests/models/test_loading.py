@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -44,11 +45,11 @@ def test_a_model_says_its_sizes(folders: dict[str, Path]) -> None:
 
 
 def test_a_model_knows_where_it_came_from_and_takes_another_unet(folders: dict[str, Path]) -> None:
-    from diffusers import UNet2DConditionModel
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
     model = load(folders["sd15"])
     assert model.source == folders["sd15"]
-    unet = UNet2DConditionModel.from_config(model.unet.config)
+    unet: Any = UNet2DConditionModel.from_config(model.unet.config)
     other = model.with_unet(unet)
     assert other.unet is unet
     assert other.vae is model.vae
