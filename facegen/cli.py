@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -250,6 +251,8 @@ def _hush() -> None:
     for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):  # read when they are imported
         os.environ.setdefault(name, "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -455,8 +458,10 @@ def _load(kind: type[Pipeline[Any]], loading: Loading, arguments: argparse.Names
         sys.stderr.write(f"loading {loading.model} …\r")
         sys.stderr.flush()
     if not arguments.debug:
+        from diffusers.utils import logging as diffusers_logging
         from transformers.utils import logging as transformers_logging
 
+        diffusers_logging.disable_progress_bar()
         transformers_logging.disable_progress_bar()
     try:
         return kind.load(loading)
@@ -488,6 +493,7 @@ def _watch(progress: Bar) -> Any:
 def _hello(arguments: argparse.Namespace) -> int:
     from facegen import hello
     from facegen.images import save_png
+    from facegen.metadata import marks
     from facegen.pipeline import Loading, task
 
     request = from_flags(HelloRequest, arguments)
@@ -508,7 +514,7 @@ def _hello(arguments: argparse.Namespace) -> int:
                     say(json.dumps(told, ensure_ascii=False))
                 elif not arguments.quiet:
                     say(f"{path}  {portrait.label}: {portrait.report}")
-    path = save_png(hello.sheet(request.faces, made), place.folder / f"{place.stem}-sheet.png")
+    path = save_png(hello.sheet(request.faces, made), place.folder / f"{place.stem}-sheet.png", marks())
     if not arguments.json:
         say(f"{path}  {len(made)} portraits of one person in {time.monotonic() - began:.0f} s")
     return 0

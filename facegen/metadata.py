@@ -35,6 +35,11 @@ _XMP = (
 )
 
 
+def marks() -> dict[str, str]:
+    """What other programs read in a PNG: the software, and that the picture is generated."""
+    return {"Software": f"facegen {__version__}", "Comment": AI_GENERATED, "XML:com.adobe.xmp": _XMP}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Record:
     """One picture's origin, as plain data.
@@ -61,12 +66,7 @@ class Record:
 
     def chunks(self) -> dict[str, str]:
         """The PNG text chunks."""
-        return {
-            CHUNK: json.dumps(self.to_json(), ensure_ascii=False),
-            "Software": f"facegen {self.version}",
-            "Comment": AI_GENERATED,
-            "XML:com.adobe.xmp": _XMP,
-        }
+        return {CHUNK: json.dumps(self.to_json(), ensure_ascii=False), **marks()}
 
     @classmethod
     def from_text(cls, text: str, where: str = "picture") -> Record:
