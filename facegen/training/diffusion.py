@@ -69,6 +69,7 @@ class DiffusionSettings:
     no_prompt: float = 0.1
     no_face: float = 0.1
     no_points: float = 0.1
+    steering: float = 2.0  # factor on the learning rate of what listens to prompts and faces
     seed: int = 7
 
 
@@ -167,6 +168,14 @@ class DiffusionObjective(Objective):
     def _all(self) -> list[Lessons]:
         return [self.lessons] if self.held_out is None else [self.lessons, self.held_out]
 
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Everything decays alike; what listens to prompts and faces learns faster, for it hears of them late."""
+        named = [(name, value) for name, value in self.module.named_parameters() if value.requires_grad]
+        slow = [value for name, value in named if name.startswith("unet.") and ".attn2." not in name]
+        chosen = {id(value) for value in slow}
+        fast = [value for _, value in named if id(value) not in chosen]
+        return [{"params": slow}, {"params": fast, "scale": self.settings.steering}]
+
     def batch(self, step: int, generator: torch.Generator) -> Batch:
         settings = self.settings
         ways = list(settings.ways)
@@ -234,8 +243,8 @@ class DiffusionObjective(Objective):
         prepared = self.model.prepare(self.conditions(batch), len(batch.latents), guidance=False)
         noisy = self.velocity.noisy(batch.latents, noise, timesteps).contiguous(memory_format=torch.channels_last)
         found = self.model.predict(noisy, timesteps, prepared.throughout())
-        weighted, plain = self.velocity.loss(found, batch.latents, noise, timesteps)
-        return {"loss": weighted, "velocity": plain, f"velocity_{batch.way}": plain}
+        loss = self.velocity.errors(found, batch.latents, noise, timesteps).mean()
+        return {"loss": loss, f"loss_{batch.way}": loss}
 
     def figures(self) -> dict[str, float]:
         """The velocity's mean squared error on held-out people, each way, at evenly spread noise."""
@@ -250,8 +259,8 @@ class DiffusionObjective(Objective):
                 batch = self._gather(self.held_out, part, way, generator)
                 timesteps = torch.linspace(0, 999, len(part)).long()
                 noise = torch.randn(batch.latents.shape, generator=generator)
-                total.append(self._loss(batch, noise, timesteps)["velocity"])
-            found[f"held_out_velocity_{way}"] = round(float(torch.stack(total).mean()), 4)
+                total.append(self._loss(batch, noise, timesteps)["loss"])
+            found[f"held_out_loss_{way}"] = round(float(torch.stack(total).mean()), 4)
         return found
 
 

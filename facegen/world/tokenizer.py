@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
 START, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
-MAX_LENGTH = 77
+MAX_LENGTH = 40  # the longest caption has 35 tokens; a short text leaves fewer empty places to look at
 
 # What else people write when they ask for a picture of a face.
 _MORE_WORDS = """

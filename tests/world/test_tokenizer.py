@@ -10,7 +10,7 @@ import torch
 
 from facegen.world.captions import caption
 from facegen.world.sampling import sample_people, sample_scenes
-from facegen.world.tokenizer import END, START, build_tokenizer, tokens_and_merges, words
+from facegen.world.tokenizer import MAX_LENGTH, END, START, build_tokenizer, tokens_and_merges, words
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +43,8 @@ def test_marks_are_the_two_highest_numbers_and_the_end_pads(tokenizer: Any) -> N
     assert (tokenizer.bos_token, tokenizer.eos_token) == (START, END)
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
     padded = tokenizer("red hair", padding="max_length", truncation=True).input_ids
-    assert len(padded) == tokenizer.model_max_length == 77
-    assert len(tokenizer("red " * 200, truncation=True).input_ids) == 77
+    assert len(padded) == tokenizer.model_max_length == MAX_LENGTH
+    assert len(tokenizer("red " * 200, truncation=True).input_ids) == MAX_LENGTH
 
 
 def test_what_is_unknown_falls_to_letters_and_never_ends_the_text(tokenizer: Any) -> None:
@@ -62,7 +62,7 @@ def test_the_plain_loader_reads_the_folder(folder: Path, tokenizer: Any) -> None
     for loader in (CLIPTokenizer, AutoTokenizer):
         loaded = loader.from_pretrained(str(folder))
         assert loaded(text).input_ids == tokenizer(text).input_ids
-        assert loaded.model_max_length == 77
+        assert loaded.model_max_length == MAX_LENGTH
 
 
 def test_merges_are_the_same_every_time() -> None:
