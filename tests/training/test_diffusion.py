@@ -140,6 +140,6 @@ def test_training_lowers_the_loss_and_what_is_written_loads_in_plain_diffusers(
 
 
 def test_an_unknown_stage_is_refused(tmp_path: Path) -> None:
-    assert list(STAGES)[0] == "pictures"
+    assert next(iter(STAGES)) == "pictures"
     with pytest.raises(WrongRequest, match="'vea'"):
         train(tmp_path, ["vea"], work=tmp_path)

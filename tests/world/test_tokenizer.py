@@ -10,7 +10,7 @@ import torch
 
 from facegen.world.captions import caption
 from facegen.world.sampling import sample_people, sample_scenes
-from facegen.world.tokenizer import MAX_LENGTH, END, START, build_tokenizer, tokens_and_merges, words
+from facegen.world.tokenizer import END, MAX_LENGTH, START, build_tokenizer, tokens_and_merges, words
 
 
 @pytest.fixture(scope="module")
