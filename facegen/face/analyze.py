@@ -27,6 +27,7 @@ SELECTIONS: tuple[Select, ...] = ("only", "largest", "central")
 _SIZE = 640  # what the packs' detectors and every adapter's own code were tuned to
 _SMALL = 320  # what the embedded detector was taught on
 _MEASURED = ("recogniser", "threshold_1e3")  # one stranger in a thousand passes
+_DRAWN = 256  # pixels; photographs are larger, and the cascade takes a second
 _FAINT = Trust().faint
 _MODULES = ["detection", "recognition"]
 
@@ -135,7 +136,10 @@ class FaceAnalyzer:
     def _look(self, image: Image.Image, bgr: Array, cascade: Cascade | None) -> list[Detection]:
         if cascade is None:
             return self._learnt(bgr, self.size)
-        return agree(self._learnt(bgr, self.size, least=_FAINT), cascade(image))
+        learnt = self._learnt(bgr, self.size, least=_FAINT)
+        if max(image.size) <= _DRAWN and any(detection.score >= Trust().alone for detection in learnt):
+            cascade = None  # most likely a picture of the embedded model's own, which its detector knows
+        return agree(learnt, cascade(image) if cascade is not None else [])
 
     def _learnt(self, bgr: Array, size: int, least: float | None = None) -> list[Detection]:
         """The pack's own detector on the picture scaled into a square of `size` pixels; scores of `least` or more.

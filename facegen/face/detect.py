@@ -132,6 +132,8 @@ class Cascade:
         found = [np.zeros((0, 4))]
         passes = [(side, angle) for side in settings.turned for angle in (0.0, *settings.angles)]
         for side, angle in passes + [(side, 0.0) for side in settings.straight]:
+            if side > 1.5 * max(gray.size):
+                continue  # enlarged that far, a picture shows nothing new
             found += [self._pass(gray, side, angle, mirrored) for mirrored in (False, True)]
         return self._vote(np.concatenate(found))
 
