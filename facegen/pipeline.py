@@ -402,7 +402,7 @@ class Pipeline(ABC, Generic[R]):
     def default_adapter(self) -> str:
         """The adapter that is used when faces are given and none is loaded."""
         if self.loaded.assets is not None:
-            return "arc2face"
+            return "ip_adapter_faceid"  # the embedded one that carries the likeness furthest
         raise WrongRequest("No adapter is loaded, so the faces cannot be used; load one, such as 'instantid'.")
 
     def person(self, photos: Sequence[Photo], select: str, adapters: Sequence[str]) -> Person | None:
