@@ -42,7 +42,8 @@ def fuse(faces: Sequence[Face], *, same_person: float | None = None) -> Fused:
     """The mean on the unit sphere of the largest group of faces that resemble one another.
 
     `same_person` is the cosine above which two photos count as one person; without it the faces themselves are asked:
-    a gap in their cosines where there is one, else three standard deviations of unrelated directions (3 / √D).
+    a gap in their cosines where there is one, else three standard deviations of unrelated directions (3 / √D, at most
+    0.15).
     Raises NoFaceFound for an empty list.
     """
     if not faces:
@@ -80,9 +81,10 @@ def _threshold(cosines: Array, dim: int) -> float:
     """Where "another person" begins, as far as these cosines can tell."""
     chance = 1 / np.sqrt(dim)  # the standard deviation of the cosine of unrelated directions
     count = len(cosines)
-    floor = float(3 * chance)
-    if count < 3:
-        return floor
+    # Never above 0.15: a recogniser outside what it was taught spreads one person's photos that far.
+    floor = min(float(3 * chance), 0.15)
+    if count < 5:
+        return floor  # among few cosines the best split always shows a gap
     # A recogniser outside what it was trained on finds all faces alike; then only a gap tells two people apart.
     first, second = _two_groups(cosines)
     within = [float(cosines[i, j]) for group in (first, second) for i in group for j in group if i < j]

@@ -100,3 +100,11 @@ def test_nothing_to_fuse() -> None:
 @pytest.mark.parametrize("seed", range(5))
 def test_no_false_alarm_over_seeds(seed: int) -> None:
     assert fuse(faces(*[1] * 5, seed=seed)).warning is None
+
+
+def test_few_photos_are_not_split_by_a_recogniser_that_mumbles() -> None:
+    """Cosines of one real person as the embedded recogniser, taught on drawings, gives them."""
+    from facegen.face.fuse import _groups, _threshold
+
+    cosines = np.array([[1, 0.3, 0.27, 0.62], [0.3, 1, 0.55, 0.11], [0.27, 0.55, 1, 0.07], [0.62, 0.11, 0.07, 1]])
+    assert len(_groups(cosines, _threshold(cosines, 128))) == 1
