@@ -452,9 +452,9 @@ def _load_part(folder: Path, name: str, dtype: torch.dtype, variant: str | None)
     common: dict[str, Any] = {"variant": variant, "local_files_only": True}
     try:
         if name == "unet":
-            return UNet2DConditionModel.from_pretrained(str(place), torch_dtype=dtype, **common)
+            return UNet2DConditionModel.from_pretrained(str(place), dtype=dtype, **common)
         if name == "vae":
-            return AutoencoderKL.from_pretrained(str(place), torch_dtype=dtype, **common)
+            return AutoencoderKL.from_pretrained(str(place), dtype=dtype, **common)
         # transformers strips old key prefixes by class name; a subclass would silently keep random weights.
         kind: Any = CLIPTextModelWithProjection if name == "text_encoder_2" else CLIPTextModel
         encoder, report = kind.from_pretrained(str(place), dtype=dtype, output_loading_info=True, **common)
@@ -483,7 +483,7 @@ def _from_file(path: Path, dtype: torch.dtype) -> dict[str, Any]:
     pipeline_class = StableDiffusionXLPipeline if xl else StableDiffusionPipeline
     kwargs: dict[str, Any] = {} if xl else {"safety_checker": None}
     try:
-        pipe = pipeline_class.from_single_file(str(path), torch_dtype=dtype, local_files_only=True, **kwargs)
+        pipe = pipeline_class.from_single_file(str(path), dtype=dtype, local_files_only=True, **kwargs)
     except (OSError, ValueError) as error:
         raise WeightsMissing(
             f"{path.name} is one file without configuration, and the configuration of its family is not on this machine"

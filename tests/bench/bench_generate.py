@@ -207,7 +207,7 @@ def diffusers_side(setup: Setup) -> Callable[[], Tensor]:
 
     from facegen.schedulers import SCHEDULERS
 
-    load: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False, "torch_dtype": setup.dtype}
+    load: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False, "dtype": setup.dtype}
     pipe: Any = StableDiffusionPipeline.from_pretrained(setup.model, **load)
     name, changes = SCHEDULERS[setup.scheduler]
     pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config, **changes)
