@@ -131,7 +131,14 @@ class FaceAnalyzer:
             found = self._learnt(bgr, 2 * self.size)
         if not found and self.cascade is not None and max(image.size) > _SMALL:
             found = self._look(image, bgr, Cascade(FINE))
-        return [d if d.points is not None else replace(d, points=self.points(image, d.box[None])[0]) for d in found]
+        if not found:
+            return found
+        # The net of points is twice as exact as the embedded detector's own points, and keeps its head when turned.
+        points = self.points(image, np.stack([detection.box for detection in found]))
+        exact = isinstance(self.points, PointNet)
+        return [
+            replace(d, points=p if exact or d.points is None else d.points) for d, p in zip(found, points, strict=True)
+        ]
 
     def _look(self, image: Image.Image, bgr: Array, cascade: Cascade | None) -> list[Detection]:
         if cascade is None:
