@@ -80,7 +80,8 @@ def sheet(photos: Sequence[Any], made: Sequence[Portrait]) -> Image.Image:
     rows = -(-len(made) // columns)
     left = _TILE + 2 * _GAP
     width = left + columns * (_TILE + _GAP) + _GAP
-    height = rows * (_TILE + _LABEL + _GAP) + 2 * _GAP
+    legend = _TILE + 2 * _GAP + 28 + 18 * 4
+    height = max(rows * (_TILE + _LABEL + _GAP) + 2 * _GAP, legend)
     page = Image.new("RGB", (width, height), _PAPER)
     pen = ImageDraw.Draw(page)
     title, small = _font(16), _font(13)
