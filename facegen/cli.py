@@ -312,7 +312,7 @@ def commands() -> dict[str, Command]:
             more=_outputs,
             example=EXAMPLES.get(name, ""),
         )
-    return {"hello": HELLO, **painting, **HOUSE}
+    return {"hello": replace(HELLO, requests=(*HELLO.requests, Loading)), **painting, **HOUSE}
 
 
 EXAMPLES = {"generate": 'facegen generate me.jpg --prompt "portrait, red hair, in the rain" --seed 7'}
@@ -775,12 +775,6 @@ def _hello_flags(parser: argparse.ArgumentParser) -> None:
         help="where the pictures go (default outputs/hello)",
     )
     _json_flag(parser)
-
-
-def _loading_request() -> type[Request]:
-    from facegen.pipeline import Loading
-
-    return Loading
 
 
 HELLO = Command(

@@ -34,7 +34,7 @@ def test_a_sheet_and_its_portraits(whole: Path, tmp_path: Path, capsys: pytest.C
     ]  # fmt: skip
     record = metadata.read(out / "hello-2.png")
     assert record.photos()[0]["path"] == "example:12"
-    assert record.request["adapters"] == ["arc2face"]
+    assert len(record.request["adapters"]) == 1
     with Image.open(out / "hello-sheet.png") as sheet:
         assert sheet.width > 3 * 192
 
