@@ -5,8 +5,8 @@
 Both sides make the same picture from the same noise (the difference is reported), in turn, so that a busy machine
 slows both alike. Times are medians of what each side took; `ratio` is the median of diffusers/facegen over the pairs
 (above 1: facegen is faster).
-Peak memory is measured in a child process for each side: CUDA's peak where there is a GPU, else the growth of the
-resident set.
+Peak memory is measured in a child process for each side: CUDA's peak where there is a GPU, else the process's largest
+resident set, loading included.
 """
 
 from __future__ import annotations
@@ -286,15 +286,14 @@ def compare(setup: Setup, repeats: int) -> dict[str, Any]:
 
 
 def peak(setup: Setup, side: str) -> float:
-    """Peak memory of one call in MiB: on the GPU, or what the resident set grew by since the weights were loaded."""
+    """Peak memory in MiB: of one call on a GPU; elsewhere the process's largest resident set, loading included."""
     make = BUILD[side](setup)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         make()
         return torch.cuda.max_memory_allocated() / 2**20
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     make()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def peak_in_a_child(setup: Setup, side: str) -> float:
