@@ -101,6 +101,11 @@ class TrainRequest(Request):
     device: str | None = choice(None, "Where to compute.", ("cpu", "cuda", "mps"), optional=True)
     budget: float = number(1.0, "Share of the full recipe's steps and pictures.", low=1e-6, high=100)
     seed: int = integer(0, "Which world and which first weights.", low=0, high=2**31)
+    start: str | None = text(
+        cast(str, None),
+        "Folder of a finished model to begin the diffusion with; its autoencoder is kept.",
+        optional=True,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -585,7 +590,8 @@ def _train(arguments: argparse.Namespace) -> int:
     writable(work)
     if not arguments.quiet:
         logging.getLogger("facegen").setLevel(logging.INFO)
-    train(output, request.stages, request.device, request.budget, request.seed, work)
+    start = None if request.start is None else Path(request.start)
+    train(output, request.stages, request.device, request.budget, request.seed, work, start)
     say(str(output))
     return 0
 
