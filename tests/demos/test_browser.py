@@ -80,6 +80,7 @@ def page(window: Any, request: pytest.FixtureRequest) -> Iterator[Any]:
         window.screenshot(path=str(Path(folder) / f"{request.node.name}.png"), full_page=True)
     # In one go: a message may leave by itself while a click on it is under way.
     window.evaluate("() => document.querySelectorAll('.toast-close').forEach((button) => button.click())")
+    window.wait_for_function("() => !document.querySelector('.toast-body')")  # it takes a moment to fade
 
 
 def _steps(page: Any, count: int) -> None:
@@ -127,8 +128,7 @@ def test_stops_in_mid_run_and_starts_again(page: Any) -> None:
     page.locator("#field-num_images_per_prompt input[type=number]").fill("12")
     page.locator("#field-num_images_per_prompt input[type=number]").press("Tab")
     page.click("#generate-go")
-    page.wait_for_function("() => document.querySelector('#generate-status').innerText.startsWith('Step')")
-    page.click("#generate-stop")
+    page.click("#generate-stop")  # waits until it can be clicked, which is while the run is under way
     _finished(page)
     assert page.inner_text("#generate-status").startswith("Stopped")
     _steps(page, 4)
