@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from facegen.errors import OutputUnwritable, WrongRequest
+from facegen.errors import WrongRequest
 
 if TYPE_CHECKING:
     from facegen.adapter import Adapter
@@ -248,14 +248,7 @@ class _Tally:
 
 
 def _write(result: Result, path: Path) -> None:
-    import os
+    from facegen.checkpoints import atomic
 
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.new")
+    with atomic(path) as temporary:
         temporary.write_text(json.dumps(result.to_json(), indent=2) + "\n", "utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OutputUnwritable(
-            f"The table cannot be written to {path}: {error.strerror}; choose another place."
-        ) from error
