@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,13 +89,20 @@ class Result:
 
 @dataclass(frozen=True, eq=False)
 class _Cast:
-    """The people: reference pictures (N, 3, H, W), their points (N, 5, 2), pack embeddings (N, D), judged (N, J)."""
+    """The people: pictures (N, 3, H, W), their points (N, 5, 2), who they are by the judge (N, J)."""
 
-    scenes: Scenes
     pictures: Tensor
     points: Tensor
-    embeddings: Tensor
     judged: Tensor
+
+    @cached_property
+    def embeddings(self) -> Tensor:
+        """(N, D), RAW, by the pack's recogniser: what the adapters are given."""
+        from facegen.evaluation.judges import ASSETS, load_network
+        from facegen.face.warp import aligned_crops
+
+        net = load_network(ASSETS / "pack" / "rec")
+        return torch.cat([net(part * 2 - 1) for part in aligned_crops(self.pictures, self.points).split(64)])
 
 
 def run(
@@ -163,17 +171,12 @@ def _measure(plan: Plan, judges: Judges, model: Model, adapters: dict[str, Adapt
 
 
 def _drawn(judges: Judges, scenes: Scenes, size: int) -> _Cast:
-    from facegen.evaluation.judges import ASSETS, load_network
-    from facegen.face.warp import aligned_crops
     from facegen.world.render import render
 
-    net = load_network(ASSETS / "pack" / "rec")
     drawn = [render(scenes[rows], size) for rows in torch.arange(len(scenes)).split(20)]
     pictures = torch.cat([one.rgb for one in drawn])
     points = torch.cat([one.landmarks5 for one in drawn])
-    crops = aligned_crops(pictures, points)
-    embeddings = torch.cat([net(part * 2 - 1) for part in crops.split(64)])
-    return _Cast(scenes, pictures, points, embeddings, judges.embed(pictures, points))
+    return _Cast(pictures, points, judges.embed(pictures, points))
 
 
 def _generate(
