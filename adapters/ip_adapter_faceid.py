@@ -13,13 +13,12 @@ Source: github tencent-ailab/IP-Adapter, hub h94/IP-Adapter-FaceID (non-commerci
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from facegen import checkpoints
@@ -38,57 +37,17 @@ from facegen.adapter import (
 )
 from facegen.checkpoints import SAFE, Shapes, Tensors, base_name, section
 from facegen.conditions import Condition, TokenCondition
-from facegen.errors import CheckpointBroken, WrongAdapter, WrongRequest
+from facegen.errors import WrongAdapter, WrongRequest
+from facegen.models.clip import IMAGE_ENCODER, ClipView, load_clip
 from facegen.models.projections import FacePlusProjection, FaceProjection, ProjectionSizes
 from facegen.models.resampler import PerceiverSizes, Resampler
 from facegen.models.streams import Streams, dtype_of, initialise
 
 if TYPE_CHECKING:
-    from transformers import CLIPVisionModelWithProjection
-
     from facegen.models.base import Model
 
 Variant = Literal["faceid", "plus", "plusv2", "portrait", "unnorm"]
 Projector = FaceProjection | FacePlusProjection | Resampler
-
-IMAGE_ENCODER = "image_encoder"
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-
-
-@dataclass(frozen=True, eq=False)
-class ClipView:
-    """CLIP's picture encoder and how the aligned face is handed to it.
-
-    bgr: with the channels swapped, as the official sample code does (it passes OpenCV's crop on as it is); the adapters
-    were published and are used that way.
-    """
-
-    encoder: CLIPVisionModelWithProjection
-    bgr: bool = True
-
-    @property
-    def size(self) -> int:
-        """Side of the pictures it takes, in pixels."""
-        return int(self.encoder.config.image_size)
-
-    @property
-    def width(self) -> int:
-        """Width of its patch tokens."""
-        return int(self.encoder.config.hidden_size)
-
-    def pixels(self, crop: np.ndarray) -> Tensor:
-        """Aligned face (S, S, 3) uint8 RGB -> (1, 3, S, S), as `AdapterRequest.clip` takes it."""
-        scaled = torch.tensor(crop).float() / 255
-        if self.bgr:
-            scaled = scaled.flip(-1)
-        return ((scaled - torch.tensor(CLIP_MEAN)) / torch.tensor(CLIP_STD)).permute(2, 0, 1)[None]
-
-    def features(self, pixels: Tensor) -> Tensor:
-        """(B, 3, S, S) -> (B, 1 + patches, width), of the last layer but one."""
-        out = self.encoder(pixels.to(*dtype_of(self.encoder)), output_hidden_states=True)
-        features: Tensor = out.hidden_states[-2]
-        return features
 
 
 class IPAdapterFaceID(Adapter):
@@ -145,7 +104,7 @@ class IPAdapterFaceID(Adapter):
         projector = _projector(variant, section(tensors, "image_proj"), file)
         clip = None
         if isinstance(projector, FacePlusProjection):
-            clip = ClipView(_load_clip(file.parent))
+            clip = ClipView(load_clip(file.parent))
             wanted = projector.perceiver_resampler.sizes.context
             if clip.width != wanted:
                 raise WrongAdapter(
@@ -301,28 +260,3 @@ def _expand(features: Tensor, rows: int, guidance: bool) -> Tensor:
     if not guidance:
         return features.expand(rows, -1, -1)
     return torch.cat([features[:1], features[1:].expand(rows - 1, -1, -1)])
-
-
-def _load_clip(folder: Path) -> CLIPVisionModelWithProjection:
-    from transformers import CLIPVisionModelWithProjection
-
-    places = [folder / IMAGE_ENCODER, folder.parent / IMAGE_ENCODER]
-    place = next((one for one in places if (one / "config.json").is_file()), None)
-    if place is None:
-        from facegen.hub import resolve
-
-        place = Path(resolve("clip-vit-h"))
-    try:
-        # transformers maps old key names by class name: the class itself, not one of ours.
-        encoder, report = cast(
-            Any,
-            CLIPVisionModelWithProjection.from_pretrained(str(place), local_files_only=True, output_loading_info=True),
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise CheckpointBroken(
-            f"The image encoder in {place} cannot be loaded: {str(error).splitlines()[0]}"
-        ) from error
-    lacking = [key for key in report["missing_keys"] if not key.endswith("position_ids")]
-    if lacking:
-        raise CheckpointBroken(f"The image encoder in {place} lacks {lacking[0]}; fetch it again.")
-    return cast("CLIPVisionModelWithProjection", encoder)

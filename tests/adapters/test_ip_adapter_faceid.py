@@ -14,10 +14,11 @@ from PIL import Image
 from torch import Tensor
 
 from facegen.adapter import AdapterRequest, load_adapter
-from facegen.adapters.ip_adapter_faceid import ClipView, IPAdapterFaceID, Projector, Variant
+from facegen.adapters.ip_adapter_faceid import IPAdapterFaceID, Projector, Variant
 from facegen.conditions import TokenCondition
 from facegen.errors import CheckpointBroken, WrongAdapter, WrongRequest
 from facegen.models.base import Model
+from facegen.models.clip import ClipView
 from facegen.models.projections import FacePlusProjection, FaceProjection, ProjectionSizes
 from facegen.models.resampler import PerceiverSizes, Resampler
 

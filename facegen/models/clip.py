@@ -1,0 +1,125 @@
+"""CLIP's picture encoders: how a picture is handed to one, and loading one from a folder or from inside a file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from torch import Tensor
+
+from facegen.checkpoints import Shapes
+from facegen.errors import CheckpointBroken
+from facegen.models.streams import dtype_of
+
+if TYPE_CHECKING:
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+IMAGE_ENCODER = "image_encoder"
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+HEAD_WIDTH = 64  # of every published CLIP encoder but ViT-H's, whose configuration lies beside its weights
+
+
+def clip_pixels(picture: np.ndarray) -> Tensor:
+    """(H, W, 3) uint8 -> (1, 3, H, W) with CLIP's mean and deviation; channels as they come."""
+    scaled = torch.tensor(picture).float() / 255
+    return ((scaled - torch.tensor(CLIP_MEAN)) / torch.tensor(CLIP_STD)).permute(2, 0, 1)[None]
+
+
+def centre(image: Image.Image, size: int) -> np.ndarray:
+    """A whole picture as CLIP sees it, (size, size, 3) uint8 RGB: the shorter side to `size`, the middle cut out.
+
+    Bicubic; the longer side is rounded down, as transformers' CLIPImageProcessor does it.
+    """
+    width, height = image.size
+    short = min(width, height)
+    width, height = (size if side == short else int(size * side / short) for side in (width, height))
+    scaled = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - size) // 2, (height - size) // 2
+    return np.array(scaled.crop((left, top, left + size, top + size)))
+
+
+@dataclass(frozen=True, eq=False)
+class ClipView:
+    """CLIP's picture encoder and how the aligned face is handed to it.
+
+    bgr: with the channels swapped, as IP-Adapter-FaceID's official sample code does (it passes OpenCV's crop on as it
+    is); its adapters were published and are used that way.
+    """
+
+    encoder: CLIPVisionModelWithProjection
+    bgr: bool = True
+
+    @property
+    def size(self) -> int:
+        """Side of the pictures it takes, in pixels."""
+        return int(self.encoder.config.image_size)
+
+    @property
+    def width(self) -> int:
+        """Width of its patch tokens."""
+        return int(self.encoder.config.hidden_size)
+
+    def pixels(self, crop: np.ndarray) -> Tensor:
+        """Aligned face (S, S, 3) uint8 RGB -> (1, 3, S, S), as `AdapterRequest.clip` takes it."""
+        return clip_pixels(crop[..., ::-1].copy() if self.bgr else crop)
+
+    def features(self, pixels: Tensor) -> Tensor:
+        """(B, 3, S, S) -> (B, 1 + patches, width), of the last layer but one."""
+        out = self.encoder(pixels.to(*dtype_of(self.encoder)), output_hidden_states=True)
+        features: Tensor = out.hidden_states[-2]
+        return features
+
+
+def load_clip(folder: Path) -> CLIPVisionModelWithProjection:
+    """The encoder in `image_encoder/` in or beside the folder, else the one the hub calls clip-vit-h.
+
+    Raises WeightsMissing, CheckpointBroken.
+    """
+    from transformers import CLIPVisionModelWithProjection
+
+    places = [folder / IMAGE_ENCODER, folder.parent / IMAGE_ENCODER]
+    place = next((one for one in places if (one / "config.json").is_file()), None)
+    if place is None:
+        from facegen.hub import resolve
+
+        place = Path(resolve("clip-vit-h"))
+    try:
+        # transformers maps old key names by class name: the class itself, not one of ours.
+        encoder, report = cast(
+            Any,
+            CLIPVisionModelWithProjection.from_pretrained(str(place), local_files_only=True, output_loading_info=True),
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise CheckpointBroken(
+            f"The image encoder in {place} cannot be loaded: {str(error).splitlines()[0]}"
+        ) from error
+    lacking = [key for key in report["missing_keys"] if not key.endswith("position_ids")]
+    if lacking:
+        raise CheckpointBroken(f"The image encoder in {place} lacks {lacking[0]}; fetch it again.")
+    return cast("CLIPVisionModelWithProjection", encoder)
+
+
+def vision_config(shapes: Shapes, *, head_width: int = HEAD_WIDTH) -> CLIPVisionConfig:
+    """The configuration of an OpenAI CLIP encoder inside a file, from its shapes without the prefix `vision_model.`.
+
+    The width of a head is not written there. Raises KeyError for a key that is missing.
+    """
+    from transformers import CLIPVisionConfig
+
+    hidden, _, patch, _ = shapes["embeddings.patch_embedding.weight"]
+    patches = shapes["embeddings.position_embedding.weight"][0] - 1
+    layers = 1 + max(int(key.split(".")[2]) for key in shapes if key.startswith("encoder.layers."))
+    return CLIPVisionConfig(
+        hidden_size=hidden,
+        intermediate_size=shapes["encoder.layers.0.mlp.fc1.weight"][0],
+        num_hidden_layers=layers,
+        num_attention_heads=max(hidden // head_width, 1),
+        image_size=round(patches**0.5) * patch,
+        patch_size=patch,
+    )
