@@ -20,7 +20,26 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, cast
 
 from facegen import __version__, examples
 from facegen.errors import Cancelled, WrongRequest
-from facegen.request import Curve, Photo, Request, choice, from_json, make, specs, suggestion, switch, text, to_json
+from facegen.request import (
+    Curve,
+    Photo,
+    Request,
+    Strengths,
+    choice,
+    from_json,
+    integer,
+    make,
+    names,
+    number,
+    photos,
+    specs,
+    strengths,
+    suggestion,
+    switch,
+    text,
+    to_json,
+)
+from facegen.schedulers import NAMES
 
 if TYPE_CHECKING:
     import torch
@@ -66,6 +85,59 @@ class Loading(Request):
         "none", "What leaves the GPU while it is not needed.", ("none", "model", "sequential"), advanced=True
     )
     tiling: bool = switch(False, "Decode large pictures in tiles.", advanced=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PersonRequest(Request):
+    """What every task asks that paints a person: who, what, how strongly, with which noise and how many steps."""
+
+    faces: tuple[Photo, ...] = photos(
+        "Photos of one person, or example:1 to example:999; several are fused into one likeness; none: anybody.",
+        positional=True,
+    )
+    prompt: str = text("a portrait of a person", "What the picture shows.", lines=2)
+    negative_prompt: str = text("", "What the picture should not show.", lines=2)
+    adapters: tuple[str, ...] = names(
+        (),
+        "How the person is brought in: arc2face, instantid, ip_adapter_faceid, a folder or a file; several act as one.",
+    )
+    strength: Strengths | None = strengths(
+        None, "How strongly: a number, a curve over the steps, or these by adapter; the adapter's own by default.",
+        low=0, high=3, optional=True,
+    )  # fmt: skip
+    control_strength: Strengths | None = strengths(
+        None, "InstantID: how closely the pose of the first photo is kept; the adapter's own choice by default.",
+        low=0, high=3, optional=True, advanced=True,
+    )  # fmt: skip
+    structure: float = number(
+        1.0, "FaceID-PlusV2: how much of the photo's look beyond the likeness is taken over.",
+        low=0, high=3, slider=(0, 2, 0.1), advanced=True,
+    )  # fmt: skip
+    num_images_per_prompt: int = integer(1, "How many pictures.", low=1, high=10_000, slider=(1, 12, 1), alias="count")
+    seed: int | None = integer(
+        None, "Where the noise starts; picture i uses seed + i. Drawn by lot when not given.",
+        low=0, high=2**53, optional=True,
+    )  # fmt: skip
+    num_inference_steps: int = integer(
+        30, "How many denoising steps.", low=1, high=1000, slider=(4, 60, 1), alias="steps"
+    )
+    guidance_scale: float = number(
+        5.0, "How closely to follow the prompt; 1 or less turns guidance off.",
+        low=0, high=50, slider=(1, 15, 0.5), alias="guidance",
+    )  # fmt: skip
+    scheduler: str = choice(
+        "model", "How the noise is removed; model: as the model was published.", NAMES, advanced=True
+    )
+    loras: Mapping[str, Curve] = strengths(
+        {}, "LoRA files, each with a strength: style.safetensors=0.8.", advanced=True
+    )
+    select: str = choice(
+        "only", "Which face of a photo that shows several.", ("only", "largest", "central"), advanced=True
+    )
+    batch_size: int = integer(
+        1, "How many pictures are made at once; with 1 each is the same to the last bit in any company.",
+        low=1, high=256, advanced=True,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +215,7 @@ class Loaded:
     loras: dict[tuple[str, float], LoraCondition] = field(default_factory=dict)
     judges: dict[str, Judges] = field(default_factory=dict)
     people: dict[tuple[str, ...], Person] = field(default_factory=dict)  # by the checksums of their photos
+    seen: dict[tuple[str, str], tuple[Face, ...]] = field(default_factory=dict)  # by pack and photo's checksum
 
     @property
     def assets(self) -> Path | None:
@@ -162,13 +235,22 @@ class Loaded:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Painted:
-    """One batch of pictures of a task: their places in the call and their pixels (B, 3, H, W) in [0, 1]."""
+    """One batch of pictures of a task: their places in the call and their pixels (B, 3, H, W) in [0, 1].
+
+    references: whom the pictures should show, near the part `near` (x0, y0, x1, y1, pixels) where that is known.
+    people: the faces of each of several people, homes: the parts meant for them. measures: for each picture what the
+    task measured itself.
+    """
 
     indices: tuple[int, ...]
     pixels: torch.Tensor
-    references: tuple[Face, ...] = ()  # whom the pictures should show
+    references: tuple[Face, ...] = ()
     prompt: str = ""
     warnings: tuple[str, ...] = ()
+    near: tuple[float, float, float, float] | None = None
+    people: tuple[tuple[Face, ...], ...] = ()
+    homes: tuple[tuple[float, float, float, float] | None, ...] = ()
+    measures: tuple[Mapping[str, float], ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -445,12 +527,46 @@ class Pipeline(ABC, Generic[R]):
         warnings = tuple(dict.fromkeys(one.warning for one in fused.values() if one.warning))
         return Person(photos=loaded, faces=faces, fused=fused, warnings=warnings)
 
+    def faces_in(self, photo: Image.Image, pack: str | None = None) -> tuple[Face, ...]:
+        """All faces of a photo, by descending score; looked for once."""
+        from facegen import metadata
+
+        pack = pack or self.reading_pack()
+        key = (pack, metadata.photo_record(photo)["sha256"])
+        if key not in self.loaded.seen:
+            if len(self.loaded.seen) >= 16:
+                self.loaded.seen.clear()
+            self.loaded.seen[key] = tuple(self.analyzer(pack).faces(photo))
+        return self.loaded.seen[key]
+
+    def one_face(self, photo: Image.Image, select: str, what: str = "the photo") -> Face:
+        """The only, largest or most central face of a photo. Raises NoFaceFound, SeveralFaces."""
+        from facegen.face.analyze import choose
+
+        return choose(self.faces_in(photo), cast(Any, select), what)
+
+    def person_at(self, photo: Image.Image, face: Face, adapters: Sequence[str]) -> Person:
+        """The person of one face of a photo, as the adapters' packs see them."""
+        from facegen.face.fuse import fuse
+
+        packs = list(dict.fromkeys(self.loaded.adapters[name].pack for name in adapters)) or [self.reading_pack()]
+        middle = (face.box[:2] + face.box[2:]) / 2
+
+        def away(other: Face) -> float:
+            return float(abs((other.box[:2] + other.box[2:]) / 2 - middle).sum())
+
+        faces = {pack: (min(self.faces_in(photo, pack) or (face,), key=away),) for pack in packs}
+        return Person(photos=(photo,), faces=faces, fused={pack: fuse(found) for pack, found in faces.items()})
+
     def reading_pack(self) -> str:
         """The pack that finds faces where no adapter says which it wants."""
         return self.loaded.pack or "buffalo_l"
 
-    def identity(self, person: Person | None, request: Any, size: tuple[int, int]) -> list[Condition]:
-        """The conditions of the request's adapters for this person; `size` is (height, width) of the picture."""
+    def identity(self, person: Person | None, request: Any, size: tuple[int, int], **place: Any) -> list[Condition]:
+        """The conditions of the request's adapters for this person; `size` is (height, width) of the picture.
+
+        place: more fields of an AdapterRequest: where in the picture the person is to be, and how strongly.
+        """
         from facegen.adapter import AdapterRequest
 
         if person is None:
@@ -477,7 +593,7 @@ class Pipeline(ABC, Generic[R]):
                 structure=request.structure,
                 guidance=request.guidance_scale > 1,
             )
-            conditions += worn.adapter.conditions(person.kept(worn.pack), asked, self.model)
+            conditions += worn.adapter.conditions(person.kept(worn.pack), replace(asked, **place), self.model)
         return conditions
 
     def host(self, adapters: Sequence[str]) -> Model:
@@ -569,7 +685,10 @@ class Pipeline(ABC, Generic[R]):
             seed=None if seed is None else seed + index,
         )
         judges = self.judges(adapters)
-        return judges.report(picture, painted.references, painted.prompt, provenance, painted.warnings)
+        report = judges.report(picture, painted.references, painted.prompt, provenance, painted.warnings, painted.near)
+        measures = painted.measures[painted.indices.index(index)] if painted.measures else {}
+        people = judges.people(picture, painted.people, painted.homes) if painted.people else ()
+        return replace(report, people=people, measures=measures)
 
     def _loaded_json(self, request: R) -> dict[str, Any]:
         from facegen import metadata

@@ -39,6 +39,23 @@ class Likeness:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Matched:
+    """One of several people asked for: the likeness of the face that was matched to them; None where none was left.
+
+    at_home: whether that face lies in the part of the picture that was meant for them; None where any part was.
+    """
+
+    likeness: Likeness | None
+    at_home: bool | None = None
+
+    def __str__(self) -> str:
+        if self.likeness is None:
+            return "nobody"
+        told = f"{self.likeness.cosine:.2f}"
+        return f"{told} (elsewhere)" if self.at_home is False else told
+
+
+@dataclass(frozen=True, kw_only=True)
 class Obedience:
     """asked: what the prompt asks for, as far as the judge knows the words; hit: those that the picture shows."""
 
@@ -74,6 +91,8 @@ class Report:
     likeness: Likeness | None = None
     faces: int | None = None
     obedience: Obedience | None = None
+    people: tuple[Matched, ...] = ()  # where several were asked for, each one's best face (Hungarian matching)
+    measures: Mapping[str, float] = field(default_factory=dict)  # what the task measured itself: name → number
     provenance: Provenance | None = None
     not_judged: Mapping[str, str] = field(default_factory=dict)  # what → why
     warnings: tuple[str, ...] = ()
@@ -81,8 +100,11 @@ class Report:
 
     def __str__(self) -> str:
         parts = [str(part) for part in (self.likeness,) if part]
+        if self.people:
+            parts.append(f"people {', '.join(map(str, self.people))}")
         parts += [f"faces {self.faces}"] if self.faces is not None else []
         parts += [str(self.obedience)] if self.obedience and self.obedience.asked else []
+        parts += [f"{what} {value:.4g}" for what, value in self.measures.items()]
         parts += [f"seed {self.provenance.seed}"] if self.provenance and self.provenance.seed is not None else []
         parts += [f"{what} not judged: {why}" for what, why in self.not_judged.items()]
         parts += list(self.warnings)
@@ -130,11 +152,20 @@ class Judges:
     reasons: Mapping[str, str] = field(default_factory=dict)
 
     def report(
-        self, image: Any, references: Sequence[Any], prompt: str, provenance: Provenance, warnings: Sequence[str] = ()
+        self,
+        image: Any,
+        references: Sequence[Any],
+        prompt: str,
+        provenance: Provenance,
+        warnings: Sequence[str] = (),
+        near: Sequence[float] | None = None,
     ) -> Report:
-        """Judge one picture; `references` are the faces it should show, empty when nobody was asked for."""
+        """Judge one picture; `references` are the faces it should show, empty when nobody was asked for.
+
+        near: the part (x0, y0, x1, y1, pixels) in which the face is to be looked for; None: the largest face counts.
+        """
         missing: dict[str, str] = {}
-        found = None if self.detector is None else self.detector.faces(image, what="generated picture")
+        found = self.faces(image)
         if found is None:
             missing["faces"] = self.reasons.get("faces", "no detector fits these weights")
         likeness = None
@@ -144,15 +175,8 @@ class Judges:
             elif not found:
                 missing["likeness"] = "no face found"
             else:
-                face = max(found, key=lambda one: float((one.box[2] - one.box[0]) * (one.box[3] - one.box[1])))
-                judge = self.likeness
-                likeness = Likeness(
-                    cosine=judge.cosine(face, references),
-                    judge=judge.name,
-                    ceiling=judge.ceiling,
-                    floor=judge.floor,
-                    threshold=judge.threshold,
-                )
+                face = max(found, key=_size) if near is None else min(found, key=lambda one: _distance(one, near))
+                likeness = self.of(self.likeness.cosine(face, references))
         obedience = None
         if self.prompt is not None:
             obedience = self.prompt.obedience(prompt, image)
@@ -166,6 +190,73 @@ class Judges:
             not_judged=missing,
             warnings=tuple(warnings),
         )
+
+    def faces(self, image: Any) -> list[Any] | None:
+        """The faces of a picture; None where there is no detector."""
+        return None if self.detector is None else list(self.detector.faces(image, what="generated picture"))
+
+    def of(self, cosine: float) -> Likeness:
+        """A cosine of the judge with what is known of the judge."""
+        assert self.likeness is not None
+        judge = self.likeness
+        return Likeness(
+            cosine=cosine, judge=judge.name, ceiling=judge.ceiling, floor=judge.floor, threshold=judge.threshold
+        )
+
+    def people(
+        self, image: Any, people: Sequence[Sequence[Any]], homes: Sequence[Sequence[float] | None]
+    ) -> tuple[Matched, ...]:
+        """Whom of several `people` (the faces of each one's photos) each face of a picture shows best.
+
+        One face to a person, so that the cosines sum to the most (Hungarian matching); homes: the part (x0, y0, x1,
+        y1, pixels) meant for each, or None. Empty where faces cannot be found or told apart.
+        """
+        found = self.faces(image)
+        if found is None or self.likeness is None or not people:
+            return ()
+        judge = self.likeness
+        cosines = [[judge.cosine(face, references) for face in found] for references in people]
+        chosen = assign(cosines)
+        return tuple(
+            Matched(likeness=None)
+            if place is None
+            else Matched(
+                likeness=self.of(cosines[person][place]),
+                at_home=None if (home := homes[person]) is None else _inside(found[place], home),
+            )
+            for person, place in enumerate(chosen)
+        )
+
+
+def assign(scores: Sequence[Sequence[float]]) -> list[int | None]:
+    """For each row the column that is its own, so that the scores sum to the most; None where columns are too few."""
+    import numpy as np
+    from scipy.optimize import linear_sum_assignment
+
+    chosen: list[int | None] = [None] * len(scores)
+    if scores and scores[0]:
+        rows, columns = linear_sum_assignment(np.asarray(scores), maximize=True)
+        for row, column in zip(rows.tolist(), columns.tolist(), strict=True):
+            chosen[row] = column
+    return chosen
+
+
+def _size(face: Any) -> float:
+    return float((face.box[2] - face.box[0]) * (face.box[3] - face.box[1]))
+
+
+def _middle(box: Sequence[float]) -> tuple[float, float]:
+    return (float(box[0]) + float(box[2])) / 2, (float(box[1]) + float(box[3])) / 2
+
+
+def _distance(face: Any, box: Sequence[float]) -> float:
+    (x, y), (u, v) = _middle(face.box), _middle(box)
+    return (x - u) ** 2 + (y - v) ** 2
+
+
+def _inside(face: Any, box: Sequence[float]) -> bool:
+    x, y = _middle(face.box)
+    return box[0] <= x < box[2] and box[1] <= y < box[3]
 
 
 # judges that exist

@@ -97,18 +97,7 @@ class FaceAnalyzer:
         """
         if select not in SELECTIONS:
             raise ValueError(f"select must be one of {', '.join(SELECTIONS)}, not {select!r}.")
-        faces = self.faces(photo, what=what)
-        name = "the photo" if what == "photo" else what
-        if not faces:
-            raise NoFaceFound(f"No face was found in {name}; give a photo with one clear face, looking at the camera.")
-        if select == "only" and len(faces) > 1:
-            raise SeveralFaces(
-                f"{len(faces)} faces were found in {name}; crop it to one person, or choose the largest or central."
-            )
-        if select == "central":
-            middle = np.array(faces[0].image.size) / 2
-            return min(faces, key=lambda face: float(np.linalg.norm((face.box[:2] + face.box[2:]) / 2 - middle)))
-        return max(faces, key=lambda face: face.area)
+        return choose(self.faces(photo, what=what), select, "the photo" if what == "photo" else what)
 
     def embed(self, bgr: Array, points: Array) -> Array:
         """Raw embedding (D,) float32 of the face with these points (5, 2) in a BGR picture."""
@@ -164,6 +153,20 @@ class FaceAnalyzer:
             for box, five in zip(boxes, points, strict=True)
             if box[2] - box[0] > 1 and box[3] - box[1] > 1
         ]
+
+
+def choose(faces: Sequence[Face], select: Select, name: str = "the photo") -> Face:
+    """One of a photo's faces: the only, the largest or the most central one. Raises NoFaceFound, SeveralFaces."""
+    if not faces:
+        raise NoFaceFound(f"No face was found in {name}; give a photo with one clear face, looking at the camera.")
+    if select == "only" and len(faces) > 1:
+        raise SeveralFaces(
+            f"{len(faces)} faces were found in {name}; crop it to one person, or choose the largest or central."
+        )
+    if select == "central":
+        middle = np.array(faces[0].image.size) / 2
+        return min(faces, key=lambda face: float(np.linalg.norm((face.box[:2] + face.box[2:]) / 2 - middle)))
+    return max(faces, key=lambda face: face.area)
 
 
 def default_providers() -> list[str]:
