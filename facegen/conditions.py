@@ -20,7 +20,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from facegen.attention.weights import KV, LayerLora
+from facegen.attention.weights import KV, GatedSelf, LayerLora
 from facegen.errors import WrongMask, WrongRequest
 
 Pair: TypeAlias = Tensor
@@ -28,7 +28,7 @@ Pair: TypeAlias = Tensor
 
 Scale: TypeAlias = float | Sequence[float] | Callable[[float], float]
 Span: TypeAlias = tuple[float, float]
-Mix: TypeAlias = Literal["add", "gated"]
+Mix: TypeAlias = Literal["add", "gated", "ahead"]
 
 
 def pair(uncond: Tensor, cond: Tensor) -> Pair:
@@ -99,11 +99,14 @@ class TextCondition(Condition):
 
     embeds: Pair (2, B, L, D); pooled: Pair (2, B, P), for SDXL; time_ids: Pair (2, B, 6), SDXL's [height, width, top,
     left, target height, target width], by default those of the picture that is made.
+    at: the embeddings at the UNet's timesteps (1,) or (B,), for prompts that change with every step (PreciseControl);
+        `embeds` is then only what it is at the start of a run.
     """
 
     embeds: Pair
     pooled: Pair | None = None
     time_ids: Pair | None = None
+    at: Callable[[Tensor], Pair] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -124,14 +127,16 @@ class TokenCondition(Condition):
     layers: weights by layer, position in `list(unet.attn_processors)`; layers that are missing have no stream.
     mask: (1, H, W), where the stream acts; an all-zero mask leaves the whole condition out.
     mix: "add" (IP-Adapter, InstantID): h + scale·attn(q, k, v) before the output projection, q the layer's own query;
-        "gated" (W+ adapter): h + scale·attn(to_q(h), k, v) with h the text attention's output.
+        "gated" (W+ adapter): h + scale·attn(to_q(h), k, v) with h the text attention's output;
+        "ahead" (FaceChain-FACT): a gated self-attention of the picture and the tokens ahead of the text attention; its
+        layers are GatedSelf.
     lora: low-rank weights that belong to the stream (FaceID), by layer, self-attention layers too. They act at full
         strength, on both halves and everywhere in the picture, as long as the stream acts; the same mapping carried by
         several streams (several faces) is worn once.
     """
 
     tokens: Pair
-    layers: Mapping[int, KV]
+    layers: Mapping[int, KV] | Mapping[int, GatedSelf]
     mask: Tensor | None = None
     mix: Mix = "add"
     lora: Mapping[int, LayerLora] | None = None
@@ -140,9 +145,11 @@ class TokenCondition(Condition):
         super().__post_init__()
         _check_pair("TokenCondition.tokens", self.tokens, 4)
         _check_mask(self.mask)
-        if self.mix not in ("add", "gated"):
-            raise WrongRequest(f"TokenCondition.mix must be 'add' or 'gated', not {self.mix!r}.")
-        if self.mix == "gated" and any(kv.to_q is None for kv in self.layers.values()):
+        if self.mix not in ("add", "gated", "ahead"):
+            raise WrongRequest(f"TokenCondition.mix must be 'add', 'gated' or 'ahead', not {self.mix!r}.")
+        if any(isinstance(weights, GatedSelf) != (self.mix == "ahead") for weights in self.layers.values()):
+            raise WrongRequest("A token stream with mix 'ahead' has GatedSelf weights at its layers, any other has KV.")
+        if self.mix == "gated" and any(kv.to_q is None for kv in self.layers.values() if isinstance(kv, KV)):
             raise WrongRequest("A gated token stream needs query weights (to_q) at each of its layers.")
 
 
@@ -154,10 +161,12 @@ class ReferenceCondition(Condition):
         input as `Model.reference_states` records it; the layer's own key/value weights are applied to it.
     scale: how much a reference token weighs against one of the picture's own (log scale is added to its logit).
     mask: (1, H, W), the part of the made picture that may look at the reference.
+    both: False: only the conditional half may look at it (Arc2Face's reference adapter).
     """
 
     states: Mapping[int, Pair]
     mask: Tensor | None = None
+    both: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -268,6 +277,7 @@ __all__ = [
     "ChannelsCondition",
     "Condition",
     "ControlCondition",
+    "GatedSelf",
     "GuidanceCondition",
     "KeepCondition",
     "LayerLora",

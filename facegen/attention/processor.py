@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from facegen.attention.backends import Backend, sdpa
-from facegen.attention.weights import add_low_rank, layer_widths
+from facegen.attention.weights import GatedSelf, add_low_rank, layer_widths
 from facegen.errors import WrongBaseModel
 
 if TYPE_CHECKING:
@@ -45,6 +45,19 @@ class StreamGroup(NamedTuple):
     to_q: Tensor | None = None
 
 
+class Ahead(NamedTuple):
+    """A stream that acts ahead of the text attention: weights, its tokens' keys and values (R, H, N, d), scale, mask.
+
+    mask: (1, L, 1) or None.
+    """
+
+    weights: GatedSelf
+    key: Tensor
+    value: Tensor
+    scale: Tensor
+    mask: Tensor | None = None
+
+
 class LowRankPairs(NamedTuple):
     """(down, up) pairs that are added to the layer's query, key, value and output projections."""
 
@@ -58,7 +71,9 @@ class LayerContext(NamedTuple):
     """What acts at one layer.
 
     text: keys and values of the prompt when they were computed beforehand, else None: the layer computes them.
-    reference: extra self-attention keys and values; reference_bias: their additive bias, (L or 1, N), None for none.
+    reference: extra self-attention keys and values; reference_bias: their additive bias, (R or 1, 1, L or 1, N), None
+    for none.
+    ahead: streams that change the block's state before its text attention; norm: the LayerNorm that follows them.
     """
 
     text: KeyValue | None = None
@@ -66,14 +81,20 @@ class LayerContext(NamedTuple):
     lora: LowRankPairs = LowRankPairs()
     reference: KeyValue | None = None
     reference_bias: Tensor | None = None
+    ahead: tuple[Ahead, ...] = ()
+    norm: nn.Module | None = None
 
 
 class AttentionContext(NamedTuple):
-    """What acts in one UNet call, by layer index; `record` collects each self-attention layer's input (R, L, C)."""
+    """What acts in one UNet call, by layer index; `record` collects each self-attention layer's input (R, L, C).
+
+    states: of the layers with streams that act ahead, the block's state (R, L, C) before its norm, put there by a hook.
+    """
 
     layers: dict[int, LayerContext]
     backend: Backend = sdpa
     record: dict[int, Tensor] | None = None
+    states: dict[int, Tensor] | None = None
 
 
 NOTHING = LayerContext()
@@ -107,6 +128,32 @@ def mix(query: Tensor, text: KeyValue, streams: Sequence[StreamGroup], backend: 
     return out
 
 
+def lead(state: Tensor, streams: Sequence[Ahead], backend: Backend) -> Tensor:
+    """A block's state (R, L, C) after the streams that act ahead of its text attention.
+
+    Several streams see the same state and their changes are summed, so their order does not matter.
+    """
+    for part in (_attended, _fed):
+        changes = [part(state.to(one.weights.linear.weight.dtype), one, backend).to(state.dtype) for one in streams]
+        for one, change in zip(streams, changes, strict=True):
+            weighed = one.scale.to(change.dtype) * change
+            state = state + (weighed if one.mask is None else weighed * one.mask)
+    return state
+
+
+def _attended(state: Tensor, one: Ahead, backend: Backend) -> Tensor:
+    weights, heads = one.weights, one.key.shape[1]
+    inside = weights.norm1(state)
+    key = torch.cat([split_heads(weights.attn.to_k(inside), heads), one.key.to(inside.dtype)], dim=2)
+    value = torch.cat([split_heads(weights.attn.to_v(inside), heads), one.value.to(inside.dtype)], dim=2)
+    found = merge_heads(backend(split_heads(weights.attn.to_q(inside), heads), key, value, None))
+    return torch.tanh(weights.alpha_attn) * weights.attn.to_out(found)
+
+
+def _fed(state: Tensor, one: Ahead, backend: Backend) -> Tensor:
+    return torch.tanh(one.weights.alpha_dense) * one.weights.ff(one.weights.norm2(state))
+
+
 class FacegenAttention:
     """diffusers' attention processor for one layer; see the module's text."""
 
@@ -129,6 +176,15 @@ class FacegenAttention:
         lora = layer.lora
         if context is not None and context.record is not None and encoder_hidden_states is None:
             context.record[self.index] = hidden_states
+        before, moved = None, hidden_states
+        if layer.ahead:
+            assert context is not None
+            assert context.states is not None
+            assert layer.norm is not None
+            before = context.states.pop(self.index)
+            moved = lead(before, layer.ahead, backend)
+            hidden_states = layer.norm(moved)
+            context.states.pop(self.index, None)  # the hook on the block's own norm saw that call, too
 
         query = split_heads(add_low_rank(hidden_states, attn.to_q(hidden_states), lora.q), attn.heads)
         if layer.text is not None:
@@ -141,9 +197,9 @@ class FacegenAttention:
         if layer.reference is not None:
             bias = None
             if layer.reference_bias is not None:
-                own = layer.reference_bias.new_zeros(layer.reference_bias.shape[0], key.shape[2])
-                bias = torch.cat([own, layer.reference_bias], dim=-1).to(query.dtype)  # (L or 1, own + N)
-                bias = bias.expand(query.shape[2], -1)
+                own = layer.reference_bias.new_zeros(*layer.reference_bias.shape[:-1], key.shape[2])
+                bias = torch.cat([own, layer.reference_bias], dim=-1).to(query.dtype)  # (R or 1, 1, L or 1, own + N)
+                bias = bias.expand(-1, -1, query.shape[2], -1)
             key = torch.cat([key, layer.reference[0].to(key.dtype)], dim=2)
             value = torch.cat([value, layer.reference[1].to(value.dtype)], dim=2)
             out = merge_heads(backend(query, key, value, bias)).to(query.dtype)
@@ -153,6 +209,8 @@ class FacegenAttention:
         out = attn.to_out[1](add_low_rank(out, attn.to_out[0](out), lora.out))
         if attn.residual_connection:
             out = out + hidden_states
+        if before is not None:
+            out = out + moved - before  # the block adds `before` again
         return out if attn.rescale_output_factor == 1.0 else out / attn.rescale_output_factor
 
 

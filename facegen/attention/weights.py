@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -18,6 +19,80 @@ class KV(nn.Module):
         self.to_k = nn.Linear(token_width, width, bias=False)
         self.to_v = nn.Linear(token_width, width, bias=False)
         self.to_q = nn.Linear(width, width, bias=False) if own_query else None
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Widths of the tokens and of the layer."""
+        return self.to_k.in_features, self.to_k.out_features
+
+    def project(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens (R, N, token width) → keys and values (R, N, width)."""
+        return self.to_k(tokens), self.to_v(tokens)
+
+
+class GatedLinear(nn.Module):
+    """x·gelu(gate), both from one linear layer, `proj` in files."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(width, 2 * inner)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+
+class GatedFeedForward(nn.Module):
+    """Widen by four with a gate, narrow again: `net.0.proj` and `net.2` in files."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.net = nn.Sequential(GatedLinear(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.net(x)
+        return out
+
+
+class SelfProjections(nn.Module):
+    """Query, key, value and output projections of a self-attention, under the names that files give them."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.to_q = nn.Linear(width, width, bias=False)
+        self.to_k = nn.Linear(width, width, bias=False)
+        self.to_v = nn.Linear(width, width, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(width, width))
+
+
+class GatedSelf(nn.Module):
+    """Self-attention of the picture together with tokens, and a feed-forward, each behind a learned gate.
+
+    It acts ahead of a block's text attention: x + s·tanh(alpha_attn)·attn(norm1([x ; linear(tokens)])), then
+    + s·tanh(alpha_dense)·ff(norm2(x)). ln: takes the place of the block's own norm before the text attention; None
+    leaves that. Source: github modelscope/facechain `face_adapter/face_attention_processor_v1.py`, after GLIGEN.
+    """
+
+    def __init__(self, token_width: int, width: int, *, own_norm: bool = False) -> None:
+        super().__init__()
+        self.alpha_attn = nn.Parameter(torch.zeros(()))
+        self.alpha_dense = nn.Parameter(torch.zeros(()))
+        self.linear = nn.Linear(token_width, width)
+        self.attn = SelfProjections(width)
+        self.ff = GatedFeedForward(width)
+        self.norm1 = nn.LayerNorm(width)
+        self.norm2 = nn.LayerNorm(width)
+        self.ln = nn.LayerNorm(width) if own_norm else None
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Widths of the tokens and of the layer."""
+        return self.linear.in_features, self.linear.out_features
+
+    def project(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens (R, N, token width) → their keys and values (R, N, width): the part that no step changes."""
+        inside = self.norm1(self.linear(tokens))
+        return self.attn.to_k(inside), self.attn.to_v(inside)
 
 
 class LowRank(nn.Module):
@@ -78,4 +153,13 @@ def layer_widths(processor_names: list[str], block_out_channels: tuple[int, ...]
     return widths
 
 
-__all__ = ["KV", "LayerLora", "LowRank", "add_low_rank", "layer_widths"]
+__all__ = [
+    "KV",
+    "GatedFeedForward",
+    "GatedSelf",
+    "LayerLora",
+    "LowRank",
+    "SelfProjections",
+    "add_low_rank",
+    "layer_widths",
+]

@@ -268,6 +268,7 @@ class Model(ABC):
         now: `prepared.active(i, n)` in a run, `prepared.throughout()` for a single call or a training step.
         """
         size = (sample.shape[-2], sample.shape[-1])
+        now = now.at(timestep)
         return self._call(sample, timestep, now, now.prepared.attention(now, size))
 
     def _call(self, sample: Tensor, timestep: Tensor | int, now: Now, context: AttentionContext) -> Tensor:
@@ -330,7 +331,7 @@ class Model(ABC):
         seen: dict[int, Tensor] = {}
         batch = latents.shape[0]
         prepared = self.prepare([text], batch, guidance=True)
-        now = prepared.throughout()
+        now = prepared.throughout().at(timestep)
         size = (latents.shape[-2], latents.shape[-1])
         with self.memory.using(self.unet):
             context = prepared.attention(now, size)._replace(record=seen)

@@ -5,9 +5,9 @@ Rows. With guidance on a UNet call has R = 2·B rows, [u1 … uB, c1 … cB]; wi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from facegen.attention.backends import Backend, sdpa
 from facegen.attention.processor import (
+    Ahead,
     AttentionContext,
     AttentionLayer,
     KeyValue,
@@ -25,7 +26,7 @@ from facegen.attention.processor import (
     StreamGroup,
     split_heads,
 )
-from facegen.attention.weights import LayerLora, LowRank, add_low_rank
+from facegen.attention.weights import KV, GatedSelf, LayerLora, LowRank, add_low_rank
 from facegen.conditions import (
     ChannelsCondition,
     Condition,
@@ -52,12 +53,16 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True, eq=False)
 class Now:
-    """What acts in one step: the prepared conditions and the strength of each (0: left out)."""
+    """What acts in one step: the prepared conditions and the strength of each (0: left out).
+
+    written: the prompt at the step's timestep, where it is another at every step; see `at`.
+    """
 
     prepared: Prepared
     index: int
     total: int
     strengths: tuple[float, ...]
+    written: TextCondition | None = None
 
     def of(self, kind: type[Kind]) -> list[tuple[Kind, float]]:
         """The acting conditions of one kind, with their strengths."""
@@ -67,10 +72,20 @@ class Now:
     @property
     def text(self) -> TextCondition:
         """The prompt of this step; raises WrongRequest when there is none."""
+        if self.written is not None:
+            return self.written
         found = self.of(TextCondition)
         if not found:
             raise WrongRequest("There is no prompt for this step; add a TextCondition (Model.encode_text gives one).")
         return found[-1][0]
+
+    def at(self, timestep: Tensor | int) -> Now:
+        """The same with the prompt as it is at the timestep(s) () or (R,)."""
+        text = self.text
+        if text.at is None:
+            return self
+        steps = torch.as_tensor(timestep).reshape(-1)[-self.prepared.batch :]  # both halves are at the same level
+        return replace(self, written=self.prepared.written(text, steps))
 
     def blend(self, latents: Tensor, scheduler: Any, timesteps: Tensor) -> Tensor:
         """Put the photo back outside the KeepConditions' masks; latents (B, 4, h, w) after this step."""
@@ -101,8 +116,10 @@ class Prepared:
         self._keys: dict[int, dict[int, KeyValue]] = {}
         self._hints: dict[int, Tensor] = {}
         self._masks: dict[tuple[int, Size], Tensor] = {}
+        self._states: dict[int, Tensor] | None = None
         self._layers: tuple[Any, dict[int, LayerContext]] | None = None
         self._text: tuple[Any, dict[int, KeyValue]] | None = None
+        self._written: tuple[Any, TextCondition] | None = None
         for condition in self.conditions:
             if isinstance(condition, TokenCondition):
                 self._keys[id(condition)] = self._stream_keys(condition)
@@ -118,12 +135,20 @@ class Prepared:
         loras = [condition.layers for condition in self.conditions if isinstance(condition, LoraCondition)]
         if loras:
             self._worn = self._stack.enter_context(wearing(self.model.unet, loras))
+        ahead = [one.layers for one in self.conditions if isinstance(one, TokenCondition) and one.mix == "ahead"]
+        if ahead:
+            self._states = {}
+            for layer in self.model.attention_layers:
+                if any(layer.index in layers for layers in ahead):
+                    keep = _keeper(self._states, layer.index)
+                    self._stack.callback(_norm(self.model, layer).register_forward_pre_hook(keep).remove)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._worn = None
+        self._states = None
         self._stack.close()
 
     def active(self, index: int, total: int) -> Now:
@@ -141,6 +166,14 @@ class Prepared:
             assert self._worn is not None, "conditions with LoRAs need `with model.prepare(…) as prepared`"
             self._worn.strengths[:] = loras
         return now
+
+    def written(self, text: TextCondition, steps: Tensor) -> TextCondition:
+        """A prompt that changes with the steps, as it is at timesteps (1,) or (B,)."""
+        assert text.at is not None
+        key = (id(text), *steps.tolist())
+        if self._written is None or self._written[0] != key or torch.is_grad_enabled():
+            self._written = key, replace(text, embeds=text.at(steps), at=None)
+        return self._written[1]
 
     # --- rows ---------------------------------------------------------------------------------------------------
 
@@ -168,7 +201,7 @@ class Prepared:
                 for layer in self.model.attention_layers
             }
             self._layers = key, {index: layer for index, layer in layers.items() if layer is not None}
-        return AttentionContext(self._layers[1], self.backend)
+        return AttentionContext(self._layers[1], self.backend, states=self._states)
 
     def _layer(
         self,
@@ -184,7 +217,10 @@ class Prepared:
             text = text_keys.get(layer.index)
             if not here and lora is None and text is None:
                 return None
-            return LayerContext(text, self._groups(here, layer, size), lora or LowRankPairs())
+            beside = [(c, s) for c, s in here if c.mix != "ahead"]
+            ahead = self._ahead([(c, s) for c, s in here if c.mix == "ahead"], layer, size)
+            norm = (ahead[0].weights.ln or _norm(self.model, layer)) if ahead else None
+            return LayerContext(text, self._groups(beside, layer, size), lora or LowRankPairs(), ahead=ahead, norm=norm)
         reference, bias = self._reference(references, layer, size)
         if lora is None and reference is None:
             return None
@@ -206,7 +242,8 @@ class Prepared:
         for bundle in bundles:
             keys = [self._keys[id(condition)][layer.index] for condition, _ in bundle]
             first = bundle[0][0]
-            gate = first.layers[layer.index].to_q if first.mix == "gated" else None
+            weights = first.layers[layer.index]
+            gate = weights.to_q if first.mix == "gated" and isinstance(weights, KV) else None
             groups.append(
                 StreamGroup(
                     keys[0][0] if len(keys) == 1 else torch.cat([key for key, _ in keys]),
@@ -217,6 +254,19 @@ class Prepared:
                 )
             )
         return tuple(groups)
+
+    def _ahead(
+        self, streams: Sequence[tuple[TokenCondition, float]], layer: AttentionLayer, size: Size
+    ) -> tuple[Ahead, ...]:
+        assert not streams or self._states is not None, "such conditions need `with model.prepare(…) as prepared`"
+        found = []
+        for condition, strength in streams:
+            weights = condition.layers[layer.index]
+            assert isinstance(weights, GatedSelf)
+            mask = None if condition.mask is None else self.mask(condition.mask, layer.level, size)
+            scale = torch.tensor(strength, device=self.model.device, dtype=torch.float32)
+            found.append(Ahead(weights, *self._keys[id(condition)][layer.index], scale, mask))
+        return tuple(found)
 
     def mask(self, mask: Tensor, level: int, size: Size) -> Tensor:
         """(1, H, W) → (1, L, 1) at a UNet level, once per resolution; bicubic, as diffusers does it."""
@@ -240,14 +290,13 @@ class Prepared:
                     f"The adapter has weights for attention layer {index}; the loaded base model has no such"
                     " cross-attention layer. It was made for another base model (Stable Diffusion 1.5 or XL)."
                 )
-            weight = kv.to_k.weight
-            if weight.shape[1] != rows.shape[-1] or weight.shape[0] != layer.width:
+            if kv.sizes != (rows.shape[-1], layer.width):
                 raise WrongBaseModel(
-                    f"The adapter's weights at attention layer {index} map {weight.shape[1]} to {weight.shape[0]}"
+                    f"The adapter's weights at attention layer {index} map {kv.sizes[0]} to {kv.sizes[1]}"
                     f" channels, the tokens have {rows.shape[-1]} and the loaded base model's layer {layer.width}."
                 )
-            tokens = rows.to(weight.device, weight.dtype)
-            found[index] = self._split(kv.to_k(tokens), layer), self._split(kv.to_v(tokens), layer)
+            key, value = kv.project(rows.to(next(kv.parameters())))
+            found[index] = self._split(key, layer), self._split(value, layer)
         return found
 
     def _split(self, x: Tensor, layer: AttentionLayer) -> Tensor:
@@ -280,7 +329,7 @@ class Prepared:
     def _reference(
         self, references: Sequence[tuple[ReferenceCondition, float]], layer: AttentionLayer, size: Size
     ) -> tuple[KeyValue | None, Tensor | None]:
-        """Keys, values (R, H, N, d) and bias (L or 1, N) of all references at a self-attention layer."""
+        """Keys, values (R, H, N, d) and bias (R or 1, 1, L or 1, N) of all references at a self-attention layer."""
         keys, values, biases = [], [], []
         for condition, strength in references:
             if layer.index not in condition.states:
@@ -291,12 +340,18 @@ class Prepared:
             weight = torch.tensor(strength, device=self.model.device)
             if condition.mask is not None:
                 weight = weight * self.mask(condition.mask, layer.level, size)[0].float().clamp(0, 1)  # (L, 1)
-            biases.append(torch.log(weight).reshape(-1, 1).expand(-1, keys[-1].shape[2]))
+            bias = torch.log(weight).reshape(1, 1, -1, 1).expand(-1, -1, -1, keys[-1].shape[2])
+            if self.guidance and not condition.both:
+                bias = torch.cat([torch.full_like(bias, -torch.inf), bias]).repeat_interleave(self.batch, dim=0)
+            biases.append(bias)
         if not keys:
             return None, None
-        length = max(bias.shape[0] for bias in biases)
-        bias = torch.cat([bias.expand(length, -1) for bias in biases], dim=-1)
-        plain = all(strength == 1.0 and condition.mask is None for condition, strength in references)
+        rows, length = (max(bias.shape[axis] for bias in biases) for axis in (0, 2))
+        bias = torch.cat([bias.expand(rows, -1, length, -1) for bias in biases], dim=-1)
+        plain = all(
+            strength == 1.0 and condition.mask is None and (condition.both or not self.guidance)
+            for condition, strength in references
+        )
         return (torch.cat(keys, dim=2), torch.cat(values, dim=2)), None if plain else bias
 
     # --- the rest -----------------------------------------------------------------------------------------------
@@ -364,6 +419,20 @@ def _pairs(streams: Sequence[TokenCondition], index: int) -> LowRankPairs | None
         return tuple(low.pair() for low in found if low is not None)
 
     return LowRankPairs(of("q"), of("k"), of("v"), of("out"))
+
+
+def _norm(model: Model, layer: AttentionLayer) -> nn.Module:
+    """The LayerNorm before a layer's text attention."""
+    return model.unet.get_submodule(layer.name.removesuffix("attn2.processor") + "norm2")
+
+
+def _keeper(states: dict[int, Tensor], index: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    """A hook that keeps what goes into a norm."""
+
+    def keep(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        states[index] = inputs[0]
+
+    return keep
 
 
 def _linear(module: nn.Module | None) -> nn.Module:
