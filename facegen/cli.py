@@ -32,8 +32,10 @@ from facegen.request import (
     integer,
     names,
     number,
+    person_words,
     photo,
     photos,
+    photos_of,
     specs,
     suggestion,
     switch,
@@ -170,13 +172,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         _complain(str(error), debug)
         return error.exit_code
     except KeyboardInterrupt:
-        _complain("Stopped; what was finished is whole, nothing half-written is left.", debug)
-        return 130
+        return _stopped(debug)
     except BrokenPipeError:
         # The reader (head, less) has gone; flushing at exit would complain once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
+        if _stopping.is_set():  # a library broke on the interruption: that is no mistake of anybody's
+            return _stopped(debug)
         reason = str(error).strip().splitlines() or ["no reason given"]
         _complain(
             f"A mistake in facegen: {type(error).__name__}: {reason[0]} "
@@ -187,6 +190,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 _stopping = threading.Event()
+
+
+def _stopped(debug: bool) -> int:
+    _complain("Stopped; what was finished is whole, nothing half-written is left.", debug)
+    return 130
 
 
 @contextmanager
@@ -479,11 +487,8 @@ def _open_photos(request: Request) -> None:
     """Photos that cannot be read are told of at once, not after the model is loaded."""
     from facegen.look import opened
 
-    for name, spec in specs(type(request)).items():
-        value = getattr(request, name)
-        if spec.kind in ("photo", "photos"):
-            for one in value if spec.kind == "photos" else [value] if value is not None else []:
-                opened(one)
+    for one in photos_of(request):
+        opened(one)
 
 
 def _watch(progress: Bar) -> Any:
@@ -701,6 +706,8 @@ def _words(name: str, kind: str, value: Any) -> list[str]:
         return [name if value else name.replace("--", "--no-", 1)]
     if kind in ("photos", "names"):
         return [name, *map(str, value)]
+    if kind == "people":
+        return [name, *map(person_words, value)]
     if kind == "strengths" and isinstance(value, Mapping):
         return [name, *(f"{key}={_curve(one)}" for key, one in value.items())]
     if kind == "strengths":

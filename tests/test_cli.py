@@ -188,5 +188,6 @@ def test_ctrl_c_while_loading(quick: list[str], tmp_path: Path) -> None:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     _, complaint = process.communicate(timeout=180)
-    assert process.returncode == 130
+    # A shell shows 130 for both: Python ends by the signal itself when it came while a C library ran Python code.
+    assert process.returncode in (130, -signal.SIGINT)
     assert len(complaint.strip().splitlines()) == 1

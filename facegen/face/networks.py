@@ -113,6 +113,16 @@ class RecogniserNet(nn.Module):
         embedding: Tensor = self.features(self.fc(x))
         return embedding
 
+    def seen(self, crops: Tensor) -> list[Tensor]:
+        """What the layers see: after stem and blocks (B, C, h, w) each, and the embedding (B, D, 1, 1)."""
+        x = self.stem(crops)
+        found = [x]
+        for block in self.body:
+            x = block(x)
+            found.append(x)
+        found[-1] = self.features(self.fc(x.flatten(1)))[..., None, None]
+        return found
+
 
 class TokenBlock(nn.Module):
     """A pre-norm transformer block (Dosovitskiy et al. 2021)."""

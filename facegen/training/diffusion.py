@@ -1,8 +1,9 @@
 """Trains mini's text encoder and UNet together with its three identity adapters, from nothing.
 
-One run teaches everything, each batch one way of saying who it is: the prompt alone or with Arc2Face's token (both in
-one batch, row by row), IP-Adapter-FaceID's tokens, or InstantID's tokens with IdentityNet. The face that conditions is
-always another picture of the same person, so that only what two pictures share (the identity) can be carried over.
+Each batch teaches one way of saying who it is: the prompt alone or with Arc2Face's token (both in one batch, row by
+row), IP-Adapter-FaceID's tokens, or InstantID's tokens with IdentityNet. InstantID comes in a second run, for its
+IdentityNet begins as a copy of the UNet that the first has taught. The face that conditions is always another picture
+of the same person, so that only what two pictures share (the identity) can be carried over.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from facegen.adapter import Adapter, AdapterRequest, halves
 from facegen.adapters.arc2face import Arc2Face
@@ -22,14 +25,17 @@ from facegen.adapters.ip_adapter_faceid import IPAdapterFaceID
 from facegen.conditions import Condition, TextCondition
 from facegen.memory import MemoryPlan
 from facegen.models.base import Model
+from facegen.models.norms import quicken
 from facegen.models.projections import FaceProjection, ProjectionSizes
 from facegen.models.resampler import PerceiverSizes
 from facegen.models.sd15 import SD15Model
 from facegen.training.cache import Cache, shuffled
 from facegen.training.loop import Objective
 from facegen.training.objectives.velocity import VelocityObjective
+from facegen.training.reader import LatentReader, asked, disobedience, person_means
 from facegen.world.captions import caption
 
+_ALL_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH]
 SCHEDULER = {
     "_class_name": "DDIMScheduler",
     "num_train_timesteps": 1000,
@@ -62,14 +68,14 @@ class DiffusionSettings:
     resampler_depth: int = 2
     rank: int = 8
     batch: int = 32
-    ways: Mapping[str, float] = field(
-        default_factory=lambda: {"prompt": 0.6, "ip_adapter_faceid": 0.2, "instantid": 0.2}
-    )
+    ways: Mapping[str, float] = field(default_factory=lambda: {"prompt": 0.55, "ip_adapter_faceid": 0.45})
     faces: float = 0.6
     no_prompt: float = 0.1
     no_face: float = 0.1
     no_points: float = 0.1
     steering: float = 2.0  # factor on the learning rate of what listens to prompts and faces
+    likeness: float = 0.1  # weights of what the reader of latents says about the clean estimate: who …
+    obedience: float = 0.1  # … and what it shows
     seed: int = 7
 
 
@@ -111,15 +117,19 @@ def new_model(vae: nn.Module, tokenizer: Any, settings: DiffusionSettings, sampl
 
 
 def new_adapters(model: Model, embedding_dim: int, settings: DiffusionSettings) -> dict[str, Adapter]:
-    """The three identity adapters, untrained. Arc2Face's encoder is the model's own text encoder."""
+    """The adapters that ``settings.ways`` needs, untrained. Arc2Face's encoder is the model's own text encoder."""
     width = settings.text_width
-    sizes = PerceiverSizes(embedding_dim, width, width, depth=settings.resampler_depth, heads=width // 64)
-    projector = FaceProjection(ProjectionSizes(embedding_dim, 2 * width, 4, width))
-    return {
+    adapters: dict[str, Adapter] = {
         "arc2face": Arc2Face.fresh(model, embedding_dim, encoder=model.text_encoder),
-        "instantid": InstantID.fresh(model, embedding_dim, sizes=sizes, queries=settings.queries),
-        "ip_adapter_faceid": IPAdapterFaceID.fresh(model, embedding_dim, projector=projector, rank=settings.rank),
     }
+    if "ip_adapter_faceid" in settings.ways:
+        projector = FaceProjection(ProjectionSizes(embedding_dim, 2 * width, 4, width))
+        own = IPAdapterFaceID.fresh(model, embedding_dim, projector=projector, rank=settings.rank)
+        adapters["ip_adapter_faceid"] = own
+    if "instantid" in settings.ways:
+        sizes = PerceiverSizes(embedding_dim, width, width, depth=settings.resampler_depth, heads=width // 64)
+        adapters["instantid"] = InstantID.fresh(model, embedding_dim, sizes=sizes, queries=settings.queries)
+    return adapters
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,10 +150,15 @@ class Batch:
     prompts: list[str]
     embeddings: Tensor
     control: Tensor | None
+    who: Tensor  # unit vectors (B, D) of the people in the latents; zero where no face conditions
+    wanted: Tensor  # what the prompts leave open, as in facegen.training.reader.asked
 
 
 class DiffusionObjective(Objective):
-    """Predict the velocity of noisy latents under prompts and faces."""
+    """Predict the velocity of noisy latents under prompts and faces.
+
+    With ``reader`` the clean estimate must also show whom and what it was asked for, the more the less noise there is.
+    """
 
     name = "diffusion"
 
@@ -154,9 +169,10 @@ class DiffusionObjective(Objective):
         lessons: Lessons,
         settings: DiffusionSettings,
         held_out: Lessons | None = None,
+        reader: LatentReader | None = None,
     ) -> None:
         self.model, self.adapters, self.settings = model, adapters, settings
-        self.lessons, self.held_out = lessons, held_out
+        self.lessons, self.held_out, self.reader = lessons, held_out, reader
         self.velocity = VelocityObjective(SCHEDULER)
         parts = {"unet": model.unet, "text_encoder": model.text_encoder}
         parts |= {name: adapter.modules() for name, adapter in adapters.items() if name != "arc2face"}
@@ -164,6 +180,9 @@ class DiffusionObjective(Objective):
         self.module = nn.ModuleDict(parts)
         self._scenes = {id(one): one.pictures.scenes(torch.arange(len(one.pictures))) for one in self._all()}
         self._points = {id(one): one.pictures.whole("landmarks5").float() for one in self._all()}
+        self._people = {id(one): person_means(one) for one in self._all()}
+        for part in self.module.values():
+            quicken(part)
 
     def _all(self) -> list[Lessons]:
         return [self.lessons] if self.held_out is None else [self.lessons, self.held_out]
@@ -199,7 +218,8 @@ class DiffusionObjective(Objective):
         ]
         embeddings = lessons.embeddings[self._other(lessons, rows, roll[2])] * with_face[:, None]
         control = self._control(lessons, rows, roll[3] >= settings.no_points) if way == "instantid" else None
-        return Batch(way, lessons.latents[rows].float(), prompts, embeddings, control)
+        who = self._people[id(lessons)][rows] * with_face[:, None]
+        return Batch(way, lessons.latents[rows].float(), prompts, embeddings, control, who, asked(prompts))
 
     @staticmethod
     def _other(lessons: Lessons, rows: Tensor, roll: Tensor) -> Tensor:
@@ -240,11 +260,23 @@ class DiffusionObjective(Objective):
         return self._loss(batch, noise, timesteps)
 
     def _loss(self, batch: Batch, noise: Tensor, timesteps: Tensor) -> dict[str, Tensor]:
-        prepared = self.model.prepare(self.conditions(batch), len(batch.latents), guidance=False)
         noisy = self.velocity.noisy(batch.latents, noise, timesteps).contiguous(memory_format=torch.channels_last)
-        found = self.model.predict(noisy, timesteps, prepared.throughout())
-        loss = self.velocity.errors(found, batch.latents, noise, timesteps).mean()
-        return {"loss": loss, f"loss_{batch.way}": loss}
+        # On a CPU the fused attention's backward pass is several times slower than plain matrix products.
+        with sdpa_kernel([SDPBackend.MATH] if noisy.device.type == "cpu" else _ALL_KERNELS):
+            prepared = self.model.prepare(self.conditions(batch), len(batch.latents), guidance=False)
+            found = self.model.predict(noisy, timesteps, prepared.throughout())
+        error = self.velocity.errors(found, batch.latents, noise, timesteps).mean()
+        losses = {"loss": error, f"loss_{batch.way}": error}
+        if self.reader is not None:
+            settings = self.settings
+            clean, certain = self.velocity.clean(found, noisy, timesteps)
+            who, what = self.reader(clean.contiguous(memory_format=torch.channels_last))
+            faces = (batch.who != 0).any(1)
+            unlike = (certain * (1 - F.cosine_similarity(who, batch.who)) * faces).sum() / faces.sum().clamp_min(1)
+            amiss = (certain * disobedience(what, batch.wanted)).mean()
+            losses["loss"] = error + settings.likeness * unlike + settings.obedience * amiss
+            losses |= {f"unlike_{batch.way}": unlike, "amiss": amiss}
+        return losses
 
     def figures(self) -> dict[str, float]:
         """The velocity's mean squared error on held-out people, each way, at evenly spread noise."""
@@ -259,7 +291,7 @@ class DiffusionObjective(Objective):
                 batch = self._gather(self.held_out, part, way, generator)
                 timesteps = torch.linspace(0, 999, len(part)).long()
                 noise = torch.randn(batch.latents.shape, generator=generator)
-                total.append(self._loss(batch, noise, timesteps)["loss"])
+                total.append(self._loss(batch, noise, timesteps)[f"loss_{way}"])
             found[f"held_out_loss_{way}"] = round(float(torch.stack(total).mean()), 4)
         return found
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -17,13 +17,16 @@ from torch import Tensor
 
 from facegen.errors import WeightsMissing, WrongRequest
 from facegen.training.cache import Cache, CachePlan, render_cache
-from facegen.training.loop import Budget, LoopSettings, run, wear_average
+from facegen.training.loop import STATE, Budget, LoopSettings, run, wear_average
 from facegen.training.record import MINI, record
 from facegen.world.sampling import HELD_OUT_FROM
 
 if TYPE_CHECKING:
+    from facegen.adapters.arc2face import Arc2Face
+    from facegen.face.networks import RecogniserNet
     from facegen.models.sd15 import SD15Model
     from facegen.training.diffusion import DiffusionObjective, Lessons
+    from facegen.training.reader import LatentReader
 
 logger = logging.getLogger(__name__)
 
@@ -37,10 +40,19 @@ STEPS: Mapping[str, int] = {
     "detector": 12000,
     "points": 6000,
     "vae": 20000,
+    "reader": 6000,
+    "words": 6000,
     "diffusion": 40000,
+    "instantid": 20000,
 }
+# With InstantID, what was learnt before goes on being taught, so that nothing is forgotten.
+WAYS_WITH_INSTANTID = {"prompt": 0.28, "ip_adapter_faceid": 0.22, "instantid": 0.5}
 PERCEPTION = ("recogniser", "judge", "attributes", "parsing", "detector", "points")
-VAE_SETTINGS = LoopSettings(learning_rate=1.5e-3, warmup=100, weight_decay=1e-4, average=0.998, seed=8)
+VAE_SETTINGS = LoopSettings(
+    learning_rate=1.5e-3, warmup=100, weight_decay=1e-4, average=0.998, bfloat16=True, seed=8
+)  # fmt: skip
+READER_SETTINGS = LoopSettings(learning_rate=2e-3, weight_decay=0.05, bfloat16=True, seed=9)
+WORDS_SETTINGS = LoopSettings(learning_rate=1e-3, weight_decay=0.01, bfloat16=True, seed=10)
 DIFFUSION_SETTINGS = LoopSettings(
     learning_rate=8e-4, warmup=150, weight_decay=0.01, average=0.998, bfloat16=True, seed=7
 )
@@ -95,9 +107,16 @@ def train_vae(shop: Workshop) -> None:
 
     settings = VAESettings()
     torch.manual_seed(VAE_SETTINGS.seed)
-    objective = VAEObjective(new_vae(settings), Cache(shop.pictures), Cache(shop.held_out), settings)
+    recogniser = _recogniser(shop)
+    objective = VAEObjective(new_vae(settings), Cache(shop.pictures), Cache(shop.held_out), settings, recogniser)
     measured = run(objective, shop.work / "vae", Budget(shop.steps("vae")), VAE_SETTINGS)
     record("vae", measured, shop.output / "mini.json")
+
+
+def _recogniser(shop: Workshop) -> RecogniserNet:
+    from facegen.evaluation.judges import load_network
+
+    return cast("RecogniserNet", load_network(shop.output / "pack" / "rec"))
 
 
 def finished_vae(shop: Workshop, samples: int = 512) -> Any:
@@ -134,16 +153,16 @@ def learn_from(shop: Workshop, place: Path, vae: Any = None) -> Lessons:
     path = shop.work / f"latents_{place.name}.safetensors"
     kept: dict[str, Tensor] = load_file(path) if path.exists() else {}
     if not kept or len(kept["latents"]) != len(pictures):
-        from facegen.evaluation.judges import load_network
-
         kept = {"latents": encode_all(vae or finished_vae(shop), pictures)}
-        kept["embeddings"] = embeddings_of(load_network(shop.output / "pack" / "rec"), pictures)
+        kept["embeddings"] = embeddings_of(_recogniser(shop), pictures)
         save_tensors(kept, path, {"pictures": len(pictures)})
     return Lessons(pictures, kept["latents"], kept["embeddings"])
 
 
-def _diffusion_objective(shop: Workshop) -> DiffusionObjective:
+def _diffusion_objective(shop: Workshop, with_instantid: bool = False) -> DiffusionObjective:
+    """What the diffusion stages train, as it is before their own run."""
     from facegen.training.diffusion import DiffusionObjective, DiffusionSettings, new_adapters, new_model
+    from facegen.training.reader import frozen
     from facegen.world.tokenizer import build_tokenizer
 
     lessons, held_out = learn_from(shop, shop.pictures), learn_from(shop, shop.held_out)
@@ -151,10 +170,53 @@ def _diffusion_objective(shop: Workshop) -> DiffusionObjective:
     torch.manual_seed(DIFFUSION_SETTINGS.seed)
     model = new_model(finished_vae(shop), build_tokenizer(shop.work / "tokenizer"), settings)
     adapters = new_adapters(model, lessons.embeddings.shape[1], settings)
-    objective = DiffusionObjective(model, adapters, lessons, settings, held_out)
+    reader = _new_reader(lessons)
+    wear_average(torch.nn.ModuleDict({"reader": reader}), shop.work / "reader", only="reader.")
+    objective = DiffusionObjective(model, adapters, lessons, settings, held_out, frozen(reader))
+    if with_instantid:
+        wear_average(objective.module, shop.work / "diffusion")
+        settings = replace(settings, ways=WAYS_WITH_INSTANTID)
+        last = new_adapters(model, lessons.embeddings.shape[1], settings)["instantid"]
+        adapters["instantid"] = last
+        objective = DiffusionObjective(model, adapters, lessons, settings, held_out, frozen(reader))
     if shop.start is not None:
         _begin_with(objective, shop.start)
+    elif not with_instantid:
+        parts = torch.nn.ModuleDict({"text_encoder": model.text_encoder})
+        wear_average(parts, shop.work / "words", only="text_encoder.")
     return objective
+
+
+def _new_reader(lessons: Lessons) -> LatentReader:
+    from facegen.training.reader import LatentReader
+
+    return LatentReader(lessons.latents.shape[1], lessons.embeddings.shape[1])
+
+
+def train_reader(shop: Workshop) -> None:
+    """The small net that tells the diffusion whom and what its clean estimates show; not part of the model."""
+    from facegen.training.reader import LatentReaderObjective, ReaderSettings
+
+    lessons, held_out = learn_from(shop, shop.pictures), learn_from(shop, shop.held_out)
+    torch.manual_seed(READER_SETTINGS.seed)
+    objective = LatentReaderObjective(_new_reader(lessons), lessons, held_out, ReaderSettings())
+    measured = run(objective, shop.work / "reader", Budget(shop.steps("reader")), READER_SETTINGS)
+    record("reader", measured, shop.output / "mini.json")
+
+
+def train_words(shop: Workshop) -> None:
+    """The text encoder's first lesson: to keep what prompts ask for."""
+    from facegen.training.diffusion import DiffusionSettings, new_adapters, new_model
+    from facegen.training.reader import WordsObjective
+    from facegen.world.tokenizer import build_tokenizer
+
+    lessons, settings = learn_from(shop, shop.pictures), DiffusionSettings()
+    torch.manual_seed(WORDS_SETTINGS.seed)
+    model = new_model(finished_vae(shop), build_tokenizer(shop.work / "tokenizer"), settings)
+    arc2face = new_adapters(model, lessons.embeddings.shape[1], settings)["arc2face"]
+    objective = WordsObjective(model, cast("Arc2Face", arc2face), lessons)
+    measured = run(objective, shop.work / "words", Budget(shop.steps("words")), WORDS_SETTINGS)
+    record("words", measured, shop.output / "mini.json")
 
 
 def _finished(folder: Path) -> SD15Model:
@@ -180,17 +242,27 @@ def _begin_with(objective: DiffusionObjective, folder: Path) -> None:
 
 
 def train_diffusion(shop: Workshop) -> None:
-    """Text encoder, UNet and the three identity adapters, together; then written in their official formats."""
-    objective = _diffusion_objective(shop)
-    measured = run(objective, shop.work / "diffusion", Budget(shop.steps("diffusion")), DIFFUSION_SETTINGS)
+    """Text encoder, UNet, Arc2Face and IP-Adapter-FaceID, together; then written in their official formats."""
+    _train_diffusion(shop, "diffusion")
+
+
+def train_instantid(shop: Workshop) -> None:
+    """InstantID, whose IdentityNet begins as a copy of the trained UNet; all else goes on learning."""
+    _train_diffusion(shop, "instantid")
+
+
+def _train_diffusion(shop: Workshop, stage: str) -> None:
+    objective = _diffusion_objective(shop, with_instantid=stage == "instantid")
+    measured = run(objective, shop.work / stage, Budget(shop.steps(stage)), DIFFUSION_SETTINGS)
     _write(objective, shop)
-    record("diffusion", measured, shop.output / "mini.json")
+    record(stage, measured, shop.output / "mini.json")
 
 
 def write_model(shop: Workshop) -> None:
     """The model as it is so far: the averaged weights of the last checkpoint, in their official formats."""
-    objective = _diffusion_objective(shop)
-    wear_average(objective.module, shop.work / "diffusion")
+    later = (shop.work / "instantid" / STATE).exists()
+    objective = _diffusion_objective(shop, later)
+    wear_average(objective.module, shop.work / ("instantid" if later else "diffusion"))
     _write(objective, shop)
 
 
@@ -208,7 +280,10 @@ STAGES: Mapping[str, Callable[[Workshop], None]] = {
     **{name: train_perception(name) for name in PERCEPTION},
     "vae": train_vae,
     "latents": encode_pictures,
+    "reader": train_reader,
+    "words": train_words,
     "diffusion": train_diffusion,
+    "instantid": train_instantid,
 }
 EXTRA: Mapping[str, Callable[[Workshop], None]] = {"write": write_model}
 

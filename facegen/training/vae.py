@@ -11,9 +11,11 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
+from facegen.face.networks import RecogniserNet
+from facegen.face.warp import aligned_crops
 from facegen.training.cache import Cache
 from facegen.training.loop import Objective
-from facegen.training.objectives.reconstruction import reconstruction_loss
+from facegen.training.objectives.reconstruction import feature_loss, reconstruction_loss
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +31,7 @@ class VAESettings:
     crop: int = 128  # pixels; normalisation sees the whole crop, so parts alone would teach wrong colours
     kl: float = 2e-5
     color: float = 1.0
+    face: float = 0.2  # weight of what the recogniser sees in the aligned face, where there is a recogniser
 
 
 def new_vae(settings: VAESettings) -> AutoencoderKL:
@@ -53,46 +56,69 @@ class VAEObjective(Objective):
     """Reconstruct crops through noisy latents, the latents kept near the unit Gaussian (Kingma & Welling 2014).
 
     A linear map from latents to the pooled picture must also exist (``color``): narrow nets with group
-    normalisation lose the overall colour otherwise.
+    normalisation lose the overall colour otherwise. With ``recogniser`` the face must also look the same to it: what
+    tells people apart is a few pixels, which an error over the whole picture hardly weighs. Whole pictures only.
     """
 
     name = "vae"
 
-    def __init__(self, vae: AutoencoderKL, pictures: Cache, held_out: Cache | None, settings: VAESettings) -> None:
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        pictures: Cache,
+        held_out: Cache | None,
+        settings: VAESettings,
+        recogniser: RecogniserNet | None = None,
+    ) -> None:
         self.settings, self.vae = settings, vae
         self.rgb = pictures.whole("rgb")  # (N, H, W, 3) uint8
+        self.points = pictures.whole("landmarks5").float()  # (N, 5, 2)
+        self.recogniser = recogniser
+        assert recogniser is None or settings.crop == self.rgb.shape[1]
         self.held_out = held_out
         self.factor = 2 ** (len(settings.channels) - 1)
         self.color = nn.Conv2d(settings.latent_channels, 3, 1)
         self.module = nn.ModuleDict({"vae": vae, "color": self.color})
         self.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    def batch(self, step: int, generator: torch.Generator) -> Tensor:
+    def batch(self, step: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Crops (B, 3, crop, crop) uint8, some mirrored, and the face's points in them (B, 5, 2)."""
+
         def draw(high: int, count: int = 1) -> list[int]:
             return torch.randint(high, (count,), generator=generator).tolist()
 
         crop = self.settings.crop
         room = self.rgb.shape[1] - crop + 1
-        parts = []
+        parts, points = [], []
         for row in draw(len(self.rgb), self.settings.batch):
             # Two of three crops lie on the face: eyes, mouth and glasses are what must become crisp.
             y, x = (
                 draw(room, 2) if draw(3)[0] == 0 else [min(room - 1, room // 4 + v) for v in draw(max(1, room // 2), 2)]
             )
-            part = self.rgb[row, y : y + crop, x : x + crop]
-            parts.append(part.flip(1) if draw(2)[0] else part)
-        return torch.stack(parts).permute(0, 3, 1, 2)  # (B, 3, crop, crop) uint8
+            part, own = self.rgb[row, y : y + crop, x : x + crop], self.points[row] - torch.tensor([x, y])
+            if draw(2)[0]:
+                own = torch.stack([crop - 1 - own[:, 0], own[:, 1]], 1)[[1, 0, 2, 4, 3]]
+                part = part.flip(1)
+            parts.append(part)
+            points.append(own)
+        return torch.stack(parts).permute(0, 3, 1, 2), torch.stack(points)
 
-    def loss(self, batch: Tensor, step: int, generator: torch.Generator) -> dict[str, Tensor]:
+    def loss(self, batch: tuple[Tensor, Tensor], step: int, generator: torch.Generator) -> dict[str, Tensor]:
         settings = self.settings
-        images = (batch.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+        images = (batch[0].float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
         posterior = self.vae.encode(images).latent_dist
-        found = self.vae.decode(posterior.sample(generator)).sample
+        found = self.vae.decode(posterior.sample(generator)).sample.float()
         rebuilt = reconstruction_loss(found, images)
-        kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
-        color = F.mse_loss(self.color(posterior.mean), F.avg_pool2d(images, self.factor))
+        mean, variance = posterior.mean.float(), posterior.var.float()
+        kl = 0.5 * (mean.square() + variance - 1 - variance.log()).mean()
+        color = F.mse_loss(self.color(posterior.mean).float(), F.avg_pool2d(images, self.factor))
+        losses = {"rebuilt": rebuilt, "kl": kl, "color": color}
         loss = rebuilt + settings.kl * settings.latent_channels * kl + settings.color * color
-        return {"loss": loss, "rebuilt": rebuilt, "kl": kl, "color": color}
+        if self.recogniser is not None:
+            crops = aligned_crops(torch.cat([found, images]), batch[1].repeat(2, 1, 1), self.recogniser.config["size"])
+            losses["face"] = feature_loss(self.recogniser.seen(crops))
+            loss = loss + settings.face * losses["face"]
+        return {"loss": loss, **losses}
 
     def figures(self) -> dict[str, float]:
         """PSNR in dB over whole held-out pictures (mean of each picture's)."""

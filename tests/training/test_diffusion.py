@@ -26,7 +26,14 @@ from facegen.training.vae import VAEObjective, VAESettings, encode_all, fold_sta
 
 VAE = VAESettings(channels=(16, 16, 32, 32), latent_channels=4, batch=2, crop=64)
 SIZES = DiffusionSettings(
-    channels=(32, 64), text_width=128, text_layers=1, queries=2, resampler_depth=1, rank=2, batch=4
+    channels=(32, 64),
+    text_width=128,
+    text_layers=1,
+    queries=2,
+    resampler_depth=1,
+    rank=2,
+    batch=4,
+    ways={"prompt": 0.5, "ip_adapter_faceid": 0.25, "instantid": 0.25},
 )
 
 

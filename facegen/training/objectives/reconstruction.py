@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -24,3 +27,15 @@ def reconstruction_loss(found: Tensor, wanted: Tensor, scales: int = 2) -> Tenso
             found, wanted = F.avg_pool2d(found, 2), F.avg_pool2d(wanted, 2)
             loss = loss + 0.5 * (found - wanted).abs().mean()
     return loss
+
+
+def feature_loss(layers: Sequence[Tensor]) -> Tensor:
+    """How differently a network sees two batches, each layer (2 B, C, h, w): first B found, then B wanted → scalar.
+
+    Mean squared distance of the unit vectors over the channels, as LPIPS without learnt weights (Zhang et al. 2018).
+    """
+    total = torch.zeros(())
+    for layer in layers:
+        found, wanted = F.normalize(layer.float(), dim=1).chunk(2)
+        total = total + (found - wanted.detach()).square().sum(1).mean()
+    return total / len(layers)

@@ -35,3 +35,8 @@ class VelocityObjective:
         """The mean squared error of each row, (B,)."""
         picture, rest = self._levels(timesteps, latents)
         return (found.float() - (picture * noise - rest * latents)).square().mean((1, 2, 3))
+
+    def clean(self, found: Tensor, noisy: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """The latents that a velocity implies, (B, C, h, w), and how much of the picture there was to see, (B,)."""
+        picture, rest = self._levels(timesteps, noisy)
+        return picture * noisy - rest * found.float(), picture.flatten()
