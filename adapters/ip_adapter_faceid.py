@@ -73,7 +73,9 @@ class IPAdapterFaceID(Adapter):
     def detect(cls, shapes: Shapes, file_name: str) -> bool:
         mlp = "image_proj.proj.0.weight" in shapes and "image_proj.proj.3.weight" not in shapes
         unnorm = "image_proj.latents" in shapes and "faceid" in file_name
-        return mlp or unnorm or any("_lora." in key and key.startswith("ip_adapter.") for key in shapes)
+        storymaker = any(key.startswith("image_proj_model.") for key in shapes)  # it has the same LoRA
+        lora = not storymaker and any("_lora." in key and key.startswith("ip_adapter.") for key in shapes)
+        return mlp or unnorm or lora
 
     @classmethod
     def sizes(cls, shapes: Shapes, file_name: str) -> Mapping[str, int | str]:

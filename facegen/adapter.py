@@ -68,7 +68,8 @@ class AdapterRequest:
     guidance: False where only the conditional half will run (training): the other half is then not computed.
 
     The tensors below stand for what is otherwise read from the photos, so that training can give them:
-    control: (B, 3, H, W) in [0, 1], the drawn keypoints; clip: (B, 3, S, S) CLIP pixels of the aligned face.
+    control: (B, 3, H, W) in [0, 1], the drawn keypoints; clip: (B, 3, S, S) CLIP pixels of the aligned face; body:
+    (B, 3, S, S) CLIP pixels of the person cut out in front of white.
     """
 
     height: int = 512
@@ -84,6 +85,7 @@ class AdapterRequest:
     guidance: bool = True
     control: Tensor | None = None
     clip: Tensor | None = None
+    body: Tensor | None = None
 
 
 class Adapter(ABC):
