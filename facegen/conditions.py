@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ Pair: TypeAlias = Tensor
 
 Scale: TypeAlias = float | Sequence[float] | Callable[[float], float]
 Span: TypeAlias = tuple[float, float]
-Mix: TypeAlias = Literal["add", "gated", "ahead"]
+Mix: TypeAlias = Literal["add", "gated", "ahead", "ortho", "ortho_v2"]
 
 
 def pair(uncond: Tensor, cond: Tensor) -> Pair:
@@ -129,7 +129,8 @@ class TokenCondition(Condition):
     mix: "add" (IP-Adapter, InstantID): h + scale·attn(q, k, v) before the output projection, q the layer's own query;
         "gated" (W+ adapter): h + scale·attn(to_q(h), k, v) with h the text attention's output;
         "ahead" (FaceChain-FACT): a gated self-attention of the picture and the tokens ahead of the text attention; its
-        layers are GatedSelf.
+        layers are GatedSelf;
+        "ortho", "ortho_v2" (PuLID): as "add", without what lies along the text attention's output, wholly or in part.
     lora: low-rank weights that belong to the stream (FaceID), by layer, self-attention layers too. They act at full
         strength, on both halves and everywhere in the picture, as long as the stream acts; the same mapping carried by
         several streams (several faces) is worn once.
@@ -145,8 +146,8 @@ class TokenCondition(Condition):
         super().__post_init__()
         _check_pair("TokenCondition.tokens", self.tokens, 4)
         _check_mask(self.mask)
-        if self.mix not in ("add", "gated", "ahead"):
-            raise WrongRequest(f"TokenCondition.mix must be 'add', 'gated' or 'ahead', not {self.mix!r}.")
+        if self.mix not in get_args(Mix):
+            raise WrongRequest(f"TokenCondition.mix must be one of {', '.join(get_args(Mix))}, not {self.mix!r}.")
         if any(isinstance(weights, GatedSelf) != (self.mix == "ahead") for weights in self.layers.values()):
             raise WrongRequest("A token stream with mix 'ahead' has GatedSelf weights at its layers, any other has KV.")
         if self.mix == "gated" and any(kv.to_q is None for kv in self.layers.values() if isinstance(kv, KV)):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +35,9 @@ class StreamGroup(NamedTuple):
 
     key, value: (G·R, H, N, d); scales: (G,), a tensor so that changing a strength recompiles nothing; masks: G times
     (1, L, 1) or None;
-    to_q: (C, C) query weights of a gated stream (then G = 1), None where the layer's own query is used.
+    to_q: (C, C) query weights of a gated stream (then G = 1), None where the layer's own query is used;
+    ortho: whether what lies along the text attention's output is taken out of the stream's (then G = 1): "ortho"
+    wholly, "ortho_v2" the less, the more a place of the picture looks at the stream's first tokens.
     """
 
     key: Tensor
@@ -43,6 +45,7 @@ class StreamGroup(NamedTuple):
     scales: Tensor
     masks: tuple[Tensor | None, ...]
     to_q: Tensor | None = None
+    ortho: Literal["ortho", "ortho_v2"] | None = None
 
 
 class Ahead(NamedTuple):
@@ -98,6 +101,7 @@ class AttentionContext(NamedTuple):
 
 
 NOTHING = LayerContext()
+LEADING = 5  # PuLID's tokens of the embedding, which come first
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
@@ -123,9 +127,31 @@ def mix(query: Tensor, text: KeyValue, streams: Sequence[StreamGroup], backend: 
         count = len(group.masks)
         stacked = own if count == 1 else torch.cat([own] * count)
         found = merge_heads(backend(stacked, group.key.to(own.dtype), group.value.to(own.dtype), None)).to(out.dtype)
+        if group.ortho is not None:
+            kept = leading_share(query, group.key) if group.ortho == "ortho_v2" else 0.0
+            found = beside(found, hidden, kept)
         for place, (part, mask) in enumerate(zip(found.chunk(count), group.masks, strict=True)):
             out = out + group.scales[place] * (part if mask is None else part * mask)
     return out
+
+
+def beside(found: Tensor, hidden: Tensor, kept: Tensor | float) -> Tensor:
+    """`found` (R, L, C) without (1 - kept) of its projection on `hidden` (R, L, C), in float32.
+
+    kept: (R, L, 1) or a number. The projection is one of each channel's values over the picture, as PuLID has it.
+    """
+    one, other = found.float(), hidden.float()
+    along = (other * one).sum(dim=-2, keepdim=True) / (other * other).sum(dim=-2, keepdim=True) * other
+    return (one + (kept - 1) * along).to(found.dtype)
+
+
+def leading_share(query: Tensor, key: Tensor) -> Tensor:
+    """How much each place looks at the first LEADING tokens, (R, L, 1), the mean over the heads.
+
+    query (R, H, L, d), key (R, H, N, d). Their products are not scaled by √d here: PuLID was published so.
+    """
+    share = (query @ key.to(query.dtype).transpose(-1, -2)).softmax(dim=-1)
+    return share.mean(dim=1)[:, :, :LEADING].sum(dim=-1, keepdim=True)
 
 
 def lead(state: Tensor, streams: Sequence[Ahead], backend: Backend) -> Tensor:

@@ -251,6 +251,7 @@ class Prepared:
                     torch.tensor([s for _, s in bundle], device=self.model.device, dtype=torch.float32),
                     tuple(None if c.mask is None else self.mask(c.mask, layer.level, size) for c, _ in bundle),
                     None if gate is None else gate.weight.to(self.model.device),
+                    first.mix if first.mix == "ortho" or first.mix == "ortho_v2" else None,
                 )
             )
         return tuple(groups)
