@@ -20,6 +20,7 @@ from facegen.adapter import (
     Adapter,
     AdapterRequest,
     FaceLike,
+    delayed,
     halves,
     ready,
     seen,
@@ -43,7 +44,6 @@ GROUPS = (4, 4, 4, 6)  # rows of the code that make one token
 ROWS = sum(GROUPS)
 ENCODER = "e4e_ffhq_encode.pt"
 DELAY = 0.2
-AFTER = 1e-6  # the step at which the delay ends is still without the face (`<=` in the official loop)
 # accelerate's checkpoints of the official training say it otherwise
 OLD_NAMES = {"w_proj_model.": "w_proj.", "adapter_modules.": "wplus_adapter."}
 
@@ -182,11 +182,6 @@ class WPlus(Adapter):
         pixels = torch.stack(crops).permute(0, 3, 1, 2).float() / 127.5 - 1  # (n, 3, 256, 256)
         codes = self.encoder(pixels.to(next(self.encoder.parameters()).device))
         return codes.flatten(1).mean(dim=0, keepdim=True)
-
-
-def delayed(share: float) -> tuple[float, float]:
-    """The span that leaves out the steps i (from 0) with i <= share · steps."""
-    return (min(share + AFTER, 1.0), 1.0)
 
 
 def aligned(image: Image.Image, points: np.ndarray, side: int = 256) -> Image.Image:

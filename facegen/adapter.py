@@ -251,6 +251,14 @@ def halves(tokens: Tensor, guidance: bool) -> Tensor:
     return torch.stack([uncond.expand_as(cond), cond])
 
 
+AFTER = 1e-6  # the step at which the delay ends is still without the face (`<=` in the official loops)
+
+
+def delayed(share: float) -> tuple[float, float]:
+    """The span that leaves out the steps i (from 0) with i <= share · steps."""
+    return (min(share + AFTER, 1.0), 1.0)
+
+
 # --- modules --------------------------------------------------------------------------------------------------------
 
 

@@ -31,7 +31,12 @@ def load_lora(path: str | Path, model: Model, *, scale: Scale = 1.0) -> LoraCond
     kind that is not supported), WrongBaseModel (made for another architecture).
     """
     path = Path(path)
-    tensors = {key.removeprefix("base_model.model."): value for key, value in read(path).items()}
+    return lora_from_tensors(read(path), model, path, scale=scale)
+
+
+def lora_from_tensors(tensors: Mapping[str, Tensor], model: Model, path: Path, *, scale: Scale = 1.0) -> LoraCondition:
+    """The same from tensors that were read from `path`, or from a part of it; raises as `load_lora`."""
+    tensors = {key.removeprefix("base_model.model."): value for key, value in tensors.items()}
     if not any("lora" in key for key in tensors):
         raise WrongAdapter(f"{path.name} holds no LoRA weights.")
     if any(mark in key for key in tensors for mark in ("dora_scale", "hada_w", "lokr_w")):

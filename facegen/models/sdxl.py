@@ -86,9 +86,12 @@ class SDXLModel(Model):
         return TextCondition(embeds=pair(uncond, cond), pooled=pair(negative_pooled, pooled))
 
     def _embed(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """(B, L, D1 + D2) and (B, P)."""
-        first = self.text_encoder(self.tokenize(prompts), output_hidden_states=True)
-        second = self.text_encoder_2(self.tokenize(prompts, self.tokenizer_2), output_hidden_states=True)
+        return self.read(self.tokenize(prompts), self.tokenize(prompts, self.tokenizer_2))
+
+    def read(self, ids: Tensor, ids_2: Tensor) -> tuple[Tensor, Tensor]:
+        """Token ids (B, L) of the first and the second tokenizer -> embeddings (B, L, D1 + D2), pooled (B, P)."""
+        first = self.text_encoder(ids, output_hidden_states=True)
+        second = self.text_encoder_2(ids_2, output_hidden_states=True)
         return torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1), second.text_embeds
 
     def added(self, text: TextCondition, prepared: Prepared, sample: Tensor) -> dict[str, Tensor]:
