@@ -13,7 +13,7 @@ import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,8 +26,13 @@ Tensors: TypeAlias = dict[str, Tensor]
 Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
 Nested: TypeAlias = Mapping[str, "Tensor | Nested"]
 
+Net = TypeVar("Net", bound=nn.Module)
+
 SAFE = ".safetensors"
 SUFFIXES = (SAFE, ".bin", ".pt", ".pth", ".ckpt")
+
+# Outermost first: basicsr's (the averaged weights before the others), Lightning's, DataParallel's.
+_WRAPPERS = ("params_ema", "params", "state_dict", "vqvae", "module")
 
 # What a file that no adapter claims most likely is: name, keys that must all be present (as a prefix or inside).
 _FOREIGN: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -41,6 +46,12 @@ _FOREIGN: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("IP-Adapter for pictures (not for faces)", ("image_proj.", "to_k_ip.weight")),
     ("whole Stable Diffusion model in one file", ("model.diffusion_model.",)),
     ("ControlNet", ("controlnet_cond_embedding.",)),
+    ("RestoreFormer", ("decoder.mid.attn_1.norm2.weight", "quantize.embedding.weight")),
+    ("CodeFormer", ("idx_pred_layer.1.weight", "quantize.embedding.weight")),
+    ("GFPGAN", ("stylegan_decoder.constant_input.weight", "final_linear.weight")),
+    ("DFDNet", ("MSDilate.convi.weight_orig",)),
+    ("BiSeNet face parsing network", ("cp.conv_avg.conv.weight",)),
+    ("ParseNet face parsing network", ("out_mask_conv.conv2d.weight",)),
     ("UNet", ("down_blocks.", "up_blocks.", "conv_in.weight")),
     ("VAE", ("decoder.conv_in.weight",)),
     ("CLIP image encoder", ("vision_model.",)),
@@ -111,6 +122,35 @@ def check(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], *, path: Pat
     ]
     if wrong:
         raise CheckpointBroken(f"{path} holds weights of sizes that do not fit one another: {_some(wrong)}.")
+
+
+def fill(net: Net, tensors: Mapping[str, Tensor], path: Path) -> Net:
+    """A net built on the meta device, with these weights as float32, frozen and in evaluation mode.
+
+    Counters of batches may be missing. Raises CheckpointBroken as in `check`.
+    """
+    own = net.state_dict()
+    given = {key: value.float() if value.is_floating_point() else value for key, value in tensors.items()}
+    for key in own:
+        if key.endswith("num_batches_tracked"):
+            given.setdefault(key, torch.tensor(0))
+    check(own, given, path=path)
+    net.load_state_dict(given, assign=True)
+    return net.requires_grad_(False).eval()
+
+
+def unwrapped(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of the network itself (tensors or shapes), without what training programs wrap them in."""
+    found = dict(tensors)
+    for name in _WRAPPERS:
+        found = section(found, name) or found
+    return found
+
+
+def count(keys: Iterable[str], name: str) -> int:
+    """How many numbered entries (`name.0.…`, `name.1.…`) there are."""
+    start = f"{name}."
+    return len({key.removeprefix(start).split(".")[0] for key in keys if key.startswith(start)})
 
 
 def require(keys: Mapping[str, Any], *names: str, path: Path) -> None:
