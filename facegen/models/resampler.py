@@ -70,11 +70,12 @@ class PerceiverSizes:
 
     @classmethod
     def from_shapes(cls, shapes: Shapes, dim_head: int = 64) -> PerceiverSizes:
-        """Sizes from a checkpoint; only the head width is not written there (64 in every known file)."""
+        """Sizes from a checkpoint; only the head width is not written there (64, in PhotoMaker's files 128)."""
         dim, context = shapes["proj_in.weight"]
         depth = 1 + max(int(key.split(".")[1]) for key in shapes if key.startswith("layers."))
-        heads = shapes["layers.0.0.to_q.weight"][0] // dim_head
-        return cls(context, dim, shapes["proj_out.weight"][0], depth, heads, dim_head)
+        inner = shapes["layers.0.0.to_q.weight"][0]
+        dim_head = min(dim_head, inner)
+        return cls(context, dim, shapes["proj_out.weight"][0], depth, inner // dim_head, dim_head)
 
 
 class _Reader(nn.Module):
@@ -133,3 +134,10 @@ class Resampler(_Reader):
     def forward(self, embeddings: Tensor) -> Tensor:
         """embeddings (B, n, input_dim) -> (B, tokens, sizes.output)."""
         return self.read(self.latents.expand(embeddings.shape[0], -1, -1), embeddings)
+
+
+def by_photo(features: Tensor) -> Tensor:
+    """Features (B, D), (B, S, D) or (B, n, S, D) -> (B, n, S, D): S vectors of each of n photos of a person."""
+    while features.ndim < 4:
+        features = features.unsqueeze(1)
+    return features
