@@ -57,8 +57,17 @@ class Record:
 
     def photos(self) -> list[dict[str, Any]]:
         """The records of all photos of the request: {"path", "sha256"} each."""
-        several = [value if isinstance(value, list) else [value] for value in self.request.values()]
-        return [one for values in several for one in values if isinstance(one, dict) and "sha256" in one]
+        found: list[dict[str, Any]] = []
+
+        def gather(value: Any) -> None:
+            if isinstance(value, dict) and "sha256" in value:
+                found.append(value)
+            elif isinstance(value, (dict, list)):
+                for one in value.values() if isinstance(value, dict) else value:
+                    gather(one)
+
+        gather(dict(self.request))
+        return found
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, as it stands in the PNG."""

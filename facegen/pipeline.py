@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from facegen.denoise import Step
     from facegen.face.analyze import FaceAnalyzer
     from facegen.face.fuse import Fused
+    from facegen.face.parse import FaceParser
     from facegen.face.types import Face
     from facegen.models.base import Model
     from facegen.report import Judges, Report
@@ -216,6 +217,7 @@ class Loaded:
     judges: dict[str, Judges] = field(default_factory=dict)
     people: dict[tuple[str, ...], Person] = field(default_factory=dict)  # by the checksums of their photos
     seen: dict[tuple[str, str], tuple[Face, ...]] = field(default_factory=dict)  # by pack and photo's checksum
+    parser: FaceParser | None = None
 
     @property
     def assets(self) -> Path | None:
@@ -493,11 +495,10 @@ class Pipeline(ABC, Generic[R]):
         Raises BadImage, NoFaceFound, or SeveralFaces where `select` is "only".
         """
         from facegen import metadata
-        from facegen.images import load_rgb
 
         if not photos:
             return None
-        loaded = tuple(examples.photo(one) if examples.is_example(one) else load_rgb(one) for one in photos)
+        loaded = tuple(self.photo(one) for one in photos)
         packs = list(dict.fromkeys(self.loaded.adapters[name].pack for name in adapters)) or [self.reading_pack()]
         key = (select, *packs, *(metadata.photo_record(image)["sha256"] for image in loaded))
         if key not in self.loaded.people:
@@ -557,6 +558,34 @@ class Pipeline(ABC, Generic[R]):
 
         faces = {pack: (min(self.faces_in(photo, pack) or (face,), key=away),) for pack in packs}
         return Person(photos=(photo,), faces=faces, fused={pack: fuse(found) for pack, found in faces.items()})
+
+    def photo(self, source: Photo) -> Image.Image:
+        """A photo as RGB, or an example person's. Raises BadImage."""
+        from facegen.images import load_rgb
+
+        return examples.photo(source) if examples.is_example(source) else load_rgb(source)
+
+    @property
+    def parser(self) -> FaceParser:
+        """The net that finds parts of faces: the model's own, else the embedded one. Raises WeightsMissing."""
+        from facegen.face.parse import FaceParser
+
+        if self.loaded.parser is None:
+            self.loaded.parser = FaceParser.from_pretrained(self.loaded.assets)
+        return self.loaded.parser
+
+    def region(self, photo: Image.Image, name: str, select: str) -> torch.Tensor:
+        """The mask (1, H, W) of a named part of the photo's only, largest or most central face.
+
+        It is a little wider than the part, so that no rim of the old one stays around the new.
+        Raises WrongRequest for an unknown name, NoFaceFound, SeveralFaces.
+        """
+        from facegen.face.paste import dilate
+
+        everybody = name in ("person", "background")
+        faces = self.faces_in(photo) if everybody else (self.one_face(photo, select),)
+        mask = self.parser.region(photo, faces, name)
+        return dilate(mask, round(0.03 * min(float(face.box[2] - face.box[0]) for face in faces)))
 
     def reading_pack(self) -> str:
         """The pack that finds faces where no adapter says which it wants."""
@@ -658,6 +687,39 @@ class Pipeline(ABC, Generic[R]):
             watch.tell(progress)
 
         return tell
+
+    def repaint(
+        self,
+        request: Any,
+        picture: torch.Tensor,
+        hole: torch.Tensor,
+        conditions: Sequence[Condition],
+        watch: Watch,
+        indices: Sequence[int] | None = None,
+    ) -> Iterator[tuple[tuple[int, ...], torch.Tensor]]:
+        """The pictures of a request that change what lies in a hole (1, H, W) of a picture (3, H, W): in batches,
+        (places, pixels (B, 3, H, W)). Its field `change` says how much.
+        """
+        from facegen.denoise import Guidance
+        from facegen.patch import Run, repaint
+
+        loras = self.worn_loras(request.loras)
+        prompt = self.model.encode_text([request.prompt], request.negative_prompt or None, loras=loras)
+        run = Run(request.scheduler, request.num_inference_steps, Guidance(request.guidance_scale), request.change)
+        batches = list(self.batches(request.num_images_per_prompt, request.batch_size, indices))
+        total, done = sum(map(len, batches)), 0
+        for batch in batches:
+            pixels = repaint(
+                self.host(request.adapters),
+                picture,
+                hole,
+                [prompt, *conditions, *loras],
+                run,
+                self.generators(request.seed, batch),
+                self.on_step(watch, done, len(batch), total),
+            )
+            done += len(batch)
+            yield batch, pixels.float().cpu()
 
     # judging and recording
 

@@ -13,6 +13,7 @@ import difflib
 import json
 import math
 import operator
+import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,9 @@ from typing import Any, ClassVar, Literal, TypeVar, cast
 
 from facegen.errors import WrongRequest
 
-Kind = Literal["text", "integer", "number", "switch", "choice", "photos", "photo", "names", "strengths"]
+Kind = Literal[
+    "text", "integer", "number", "switch", "choice", "photos", "photo", "mask", "people", "names", "strengths"
+]
 Curve = float | tuple[float, ...] | Callable[[float], float]
 Strengths = Curve | Mapping[str, Curve]
 Photo = Any  # whatever facegen.images.load_rgb reads: a path, bytes, PIL picture, array, tensor; or "example:3"
@@ -45,6 +48,22 @@ class Spec:
     slider: tuple[float, float, float] | None = None  # lowest, highest, step shown in the demo; tighter than the range
     lines: int = 1  # height of the text box in the demo
     advanced: bool = False  # folded away in the demo
+    of: str = ""  # a mask: the field of the photo over which it is drawn
+
+
+@dataclass(frozen=True, kw_only=True)
+class Person:
+    """One of several people in a picture.
+
+    photos: of this person, one or more. box: the part meant for them, x0, y0, x1, y1 as shares of width and height; or
+    mask: a picture of the made one's size or shape, white where they go; neither: an equal column, from left to right.
+    strength: how strongly the adapters act, None for their own choice.
+    """
+
+    photos: tuple[Photo, ...]
+    box: tuple[float, float, float, float] | None = None
+    mask: Photo | None = None
+    strength: float | None = None
 
 
 def _field(**values: Any) -> Any:
@@ -85,6 +104,16 @@ def photos(about: str, **more: Any) -> Any:
 def photo(about: str, **more: Any) -> Any:
     """One picture."""
     return _field(kind="photo", default=None, about=about, **{"optional": True, **more})
+
+
+def mask(about: str, *, of: str, **more: Any) -> Any:
+    """A picture of the same size as the photo in the field `of`, white where something happens."""
+    return _field(kind="mask", default=None, about=about, of=of, optional=True, **more)
+
+
+def people(about: str, **more: Any) -> Any:
+    """Several people: a :class:`Person` each, or just their photo, or a list of their photos."""
+    return _field(kind="people", default=(), about=about, **more)
 
 
 def names(default: Sequence[str], about: str, **more: Any) -> Any:
@@ -230,6 +259,41 @@ def _check_photos(name: str, spec: Spec, value: Any) -> tuple[Photo, ...]:
     return tuple(_check_photo(name, spec, one) for one in several)
 
 
+def _check_people(name: str, spec: Spec, value: Any) -> tuple[Person, ...]:
+    several = value if isinstance(value, (list, tuple)) else (value,)
+    return tuple(_check_person(f"person {place} of {name}", spec, one) for place, one in enumerate(several, 1))
+
+
+def _check_person(name: str, spec: Spec, value: Any) -> Person:
+    if isinstance(value, Mapping):
+        known = {field.name: None for field in dataclasses.fields(Person)}
+        if wrong := next((key for key in value if key not in known), None):
+            raise WrongRequest(f"{name} has no '{wrong}'{suggestion(str(wrong), known)}.")
+        value = Person(**{"photos": (), **value})
+    elif not isinstance(value, Person):
+        value = Person(photos=value)
+    shown = _check_photos(f"photos of {name}", spec, value.photos)
+    if not shown:
+        raise WrongRequest(f"{name} needs at least one photo.")
+    if value.box is not None and value.mask is not None:
+        raise WrongRequest(f"{name} has both a box and a mask; give one of them.")
+    strength = value.strength
+    if strength is not None:
+        strength = _check_number(f"strength of {name}", dataclasses.replace(spec, low=0, high=3), strength)
+    return Person(photos=shown, box=_check_box(name, spec, value.box), mask=value.mask, strength=strength)
+
+
+def _check_box(name: str, spec: Spec, value: Any) -> tuple[float, float, float, float] | None:
+    if value is None:
+        return None
+    if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 4:
+        raise WrongRequest(f"The box of {name} must be four numbers x0, y0, x1, y1, not {_shown(value)}.")
+    x0, y0, x1, y1 = (_check_number(f"box of {name}", dataclasses.replace(spec, low=0, high=1), one) for one in value)
+    if x0 >= x1 or y0 >= y1:
+        raise WrongRequest(f"The box of {name} must be left, top, right, bottom as shares of the picture, not {value}.")
+    return x0, y0, x1, y1
+
+
 def _check_names(name: str, spec: Spec, value: Any) -> tuple[str, ...]:
     several = (value,) if isinstance(value, (str, Path)) else value
     if not isinstance(several, Sequence) or not all(isinstance(one, (str, Path)) and str(one) for one in several):
@@ -270,6 +334,8 @@ _CHECKS: Mapping[Kind, Callable[[str, Spec, Any], Any]] = {
     "choice": _check_choice,
     "photo": _check_photo,
     "photos": _check_photos,
+    "mask": _check_photo,
+    "people": _check_people,
     "names": _check_names,
     "strengths": _check_strengths,
 }
@@ -288,8 +354,18 @@ def to_json(request: Request, photo_record: Callable[[Photo], Any] = str) -> dic
         value = getattr(request, name)
         if spec.kind == "photos":
             value = [photo_record(one) for one in value]
-        elif spec.kind == "photo":
+        elif spec.kind in ("photo", "mask"):
             value = None if value is None else photo_record(value)
+        elif spec.kind == "people":
+            value = [
+                {
+                    "photos": [photo_record(photo) for photo in one.photos],
+                    "box": one.box,
+                    "mask": None if one.mask is None else photo_record(one.mask),
+                    "strength": one.strength,
+                }
+                for one in value
+            ]
         elif spec.kind == "strengths":
             curves = value.values() if isinstance(value, Mapping) else [value]
             if any(callable(curve) for curve in curves):
@@ -305,9 +381,36 @@ def from_json(request: type[R], values: Mapping[str, Any], photo_read: Callable[
     for name, spec in specs(request).items():
         if spec.kind == "photos" and name in read:
             read[name] = tuple(photo_read(one) for one in read[name])
-        elif spec.kind == "photo" and read.get(name) is not None:
+        elif spec.kind in ("photo", "mask") and read.get(name) is not None:
             read[name] = photo_read(read[name])
+        elif spec.kind == "people" and name in read:
+            read[name] = tuple(_person_read(one, photo_read) for one in read[name])
     return make(request, read)
+
+
+def _person_read(values: Mapping[str, Any], photo_read: Callable[[Any], Photo]) -> Person:
+    box, mask = values.get("box"), values.get("mask")
+    return Person(
+        photos=tuple(photo_read(one) for one in values["photos"]),
+        box=None if box is None else cast(tuple[float, float, float, float], tuple(box)),
+        mask=None if mask is None else photo_read(mask),
+        strength=values.get("strength"),
+    )
+
+
+def photos_of(request: Request) -> list[Photo]:
+    """Every photo of a request: those of its fields, and those of its people."""
+    found: list[Photo] = []
+    for name, spec in specs(type(request)).items():
+        value = getattr(request, name)
+        if spec.kind == "photos":
+            found += value
+        elif spec.kind in ("photo", "mask") and value is not None:
+            found.append(value)
+        elif spec.kind == "people":
+            for one in value:
+                found += [*one.photos, *([] if one.mask is None else [one.mask])]
+    return found
 
 
 # Command line
@@ -328,7 +431,7 @@ def add_flags(parser: argparse.ArgumentParser, request: type[Request], *, skip: 
         told = flag_help(spec).replace("%", "%%")
         metavar = _METAVARS[spec.kind]
         common: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": told}
-        several = spec.kind in ("photos", "names", "strengths")
+        several = spec.kind in ("photos", "people", "names", "strengths")
         if spec.positional:
             kind: dict[str, Any] = {"nargs": "*", "action": "extend"} if several else {"nargs": "?"}
             parser.add_argument(name, default=argparse.SUPPRESS, metavar=metavar, help=told, **kind)
@@ -349,6 +452,8 @@ _METAVARS: Mapping[Kind, str] = {
     "choice": "NAME",
     "photo": "PHOTO",
     "photos": "PHOTO",
+    "mask": "PICTURE",
+    "people": "'PHOTO … [box=X,Y,X,Y] [mask=PICTURE] [strength=X]'",
     "names": "NAME",
     "strengths": "[NAME=]X[,X…]",
 }
@@ -386,17 +491,43 @@ def parse(name: str, spec: Spec, value: Any) -> Any:
         return tuple(value) if isinstance(value, list) else tuple(value.split())
     if spec.kind == "strengths":
         return _parse_strengths(name, spec, value.split() if isinstance(value, str) else value)
+    if spec.kind == "people":
+        return tuple(_parse_person(name, one) for one in ([value] if isinstance(value, str) else value))
     assert isinstance(value, str), (name, value)
     if spec.kind == "integer":
         return _typed(name, int, value, "a whole number") if value or not spec.optional else None
     if spec.kind == "number":
         return _typed(name, float, value, "a number") if value or not spec.optional else None
-    if spec.kind == "photo" or (spec.kind == "choice" and spec.optional):
+    if spec.kind in ("photo", "mask") or (spec.kind == "choice" and spec.optional):
         return value or None
     return value
 
 
 T = TypeVar("T")
+
+
+def _parse_person(name: str, typed: str) -> dict[str, Any]:
+    """`me.jpg again.jpg box=0,0,0.5,1 strength=0.8`; a name with spaces in quotes."""
+    found: dict[str, Any] = {"photos": ()}
+    for word in shlex.split(typed):
+        key, equals, value = word.partition("=")
+        if not equals or key not in ("box", "mask", "strength"):
+            found["photos"] += (word,)
+        elif key == "box":
+            found["box"] = tuple(_typed(f"box of {name}", float, one, "four numbers") for one in value.split(","))
+        else:
+            found[key] = value if key == "mask" else _typed(f"strength of {name}", float, value, "a number")
+    return found
+
+
+def person_words(person: Person) -> str:
+    """A person as :func:`_parse_person` reads them."""
+    words = [str(photo) for photo in person.photos]
+    if person.box is not None:
+        words.append("box=" + ",".join(f"{one:g}" for one in person.box))
+    words += [] if person.mask is None else [f"mask={person.mask}"]
+    words += [] if person.strength is None else [f"strength={person.strength:g}"]
+    return shlex.join(words)
 
 
 def _typed(name: str, convert: Callable[[str], T], value: str, meant: str) -> T:
@@ -438,7 +569,9 @@ class Control:
     name: str
     label: str
     about: str
-    widget: Literal["photos", "photo", "text", "slider", "number", "checkbox", "dropdown", "names", "strengths"]
+    widget: Literal[
+        "photos", "photo", "mask", "people", "text", "slider", "number", "checkbox", "dropdown", "names", "strengths"
+    ]
     value: Any
     low: float | None
     high: float | None
@@ -447,6 +580,7 @@ class Control:
     lines: int
     optional: bool
     advanced: bool
+    of: str = ""
 
 
 _WIDGETS: Mapping[Kind, Any] = {
@@ -457,6 +591,8 @@ _WIDGETS: Mapping[Kind, Any] = {
     "choice": "dropdown",
     "photos": "photos",
     "photo": "photo",
+    "mask": "mask",
+    "people": "people",
     "names": "names",
     "strengths": "strengths",
 }
@@ -482,6 +618,7 @@ def controls(request: type[Request]) -> list[Control]:
                 lines=spec.lines,
                 optional=spec.optional,
                 advanced=spec.advanced,
+                of=spec.of,
             )
         )
     return made

@@ -108,18 +108,11 @@ class FaceParser:
         return F.interpolate(logits, pictures.shape[-2:], mode="bilinear").softmax(1)
 
     @torch.no_grad()
-    def around(self, photo: Image.Image, face: Detection | Face) -> Tensor:
-        """Class of each pixel of the photo near a face, (H, W) int64; -1 where it is too far away to tell."""
+    def around(self, photo: Image.Image, face: Detection | Face, names: Sequence[str]) -> Tensor:
+        """How probably each pixel of the photo near a face is of one of these classes, (1, H, W); 0 further away."""
         side = cut(photo, square(face.box.tolist(), photo.size, around=AROUND), SIDE)
         chances = self.chances(to_tensor(side.image)[None])[0]
-        placed = torch.cat([side.back(part[None]) for part in chances])  # (classes, H, W)
-        return torch.where(side.reach()[0] > 0, placed.argmax(0), -1)
-
-    @torch.no_grad()
-    def whole(self, photo: Image.Image) -> Tensor:
-        """Class of each pixel when the photo as a whole is taken for a portrait, (H, W) int64."""
-        classes: Tensor = self.chances(to_tensor(photo)[None])[0].argmax(0)
-        return classes
+        return side.back(chances[[CLASSES.index(name) for name in names]].sum(0, keepdim=True))
 
     def region(self, photo: Image.Image, faces: Sequence[Detection | Face], name: str) -> Tensor:
         """The mask (1, H, W) of a named part of these faces.
@@ -139,8 +132,7 @@ class FaceParser:
         return mask
 
     def _part(self, photo: Image.Image, face: Detection | Face, name: str) -> Tensor:
-        classes = self.around(photo, face)
-        found = sum((classes == CLASSES.index(one) for one in REGIONS[name]), torch.zeros_like(classes)).float()[None]
+        found = (self.around(photo, face, REGIONS[name]) > 0.5).float()
         if face.points is None or name == "clothes":
             return found
         if name not in _USUAL:
@@ -153,14 +145,12 @@ class FaceParser:
         return found if agrees else place
 
     def _people(self, photo: Image.Image, faces: Sequence[Detection | Face]) -> Tensor:
-        """Everybody, (1, H, W): seen near each face and in the whole photo, and below a face down to the edge."""
+        """Everybody, (1, H, W): seen near each face, and below it down to the photo's edge."""
         person = torch.zeros(1, photo.height, photo.width)
         for face in faces:
-            classes = self.around(photo, face)
-            near = (classes > 0).float()[None]
-            known = (classes >= 0).any(1).nonzero()
-            if len(known) and int(known[-1]) < photo.height - 1:
-                near[:, int(known[-1]) + 1 :] = near[:, int(known[-1])].clone()  # a body goes on downwards
+            near = (self.around(photo, face, REGIONS["person"]) > 0.5).float()
+            last = int(near[0].any(1).nonzero().amax()) if bool(near.any()) else photo.height
+            near[:, last + 1 :] = near[:, min(last, photo.height - 1)].clone()  # a body goes on downwards
             person = torch.maximum(person, _joined(near, _near("face", face, photo.size)))
         return person
 

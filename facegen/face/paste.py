@@ -60,21 +60,27 @@ class Crop:
 
     def back(self, picture: Tensor) -> Tensor:
         """A picture or mask (C, size, size) at its place in the photo, (C, H, W); 0 where the crop does not reach."""
-        return _warped(picture, _inverse(self.matrix), self.photo_size, reflect=False)
+        return _warped(picture, _inverse(self.matrix), self.photo_size, reflect=True) * self.reach()
 
     def reach(self) -> Tensor:
         """(1, H, W): 1 where the photo lies inside the crop."""
-        return (self.back(torch.ones(1, self.size, self.size)) > 0.999).float()
+        (a, b, left), (c, d, top) = torch.from_numpy(self.matrix).float()
+        x, y = torch.arange(self.photo_size[0]), torch.arange(self.photo_size[1])[:, None]
+        inside = torch.ones(self.photo_size[1], self.photo_size[0], dtype=torch.bool)
+        for place in (a * x + b * y + left, c * x + d * y + top):
+            inside &= (place >= -0.501) & (place <= self.size - 0.499)  # pixels have a width; their centres count
+        return inside[None].float()
 
 
 def square(box: Sequence[float], photo_size: tuple[int, int], *, around: float = 0.5, least: int = 1) -> Box:
     """A square in whole pixels around a box, larger on each side by `around` times its longer side.
 
-    It is moved, not cut, where it would leave the photo (width, height), and reaches beyond only where the photo is
-    shorter than the square. least: the shortest side.
+    It is moved, not cut, where it would leave the photo (width, height), and never larger than the photo's longer side:
+    it reaches beyond only where the photo is shorter than the square. least: the shortest side.
     """
     x0, y0, x1, y1 = (float(value) for value in box)
-    side = max(int(np.ceil(max(x1 - x0, y1 - y0) * (1 + 2 * around))), least, 1)
+    side = min(int(np.ceil(max(x1 - x0, y1 - y0) * (1 + 2 * around))), max(photo_size))
+    side = max(side, least, 1)
     corner = []
     for low, high, limit in ((x0, x1, photo_size[0]), (y0, y1, photo_size[1])):
         start = round((low + high - side) / 2)
@@ -88,6 +94,11 @@ def mask_box(mask: Tensor) -> Box:
     if not len(rows):
         raise WrongMask("The mask is empty, so there is nothing to paint; mark the part that should change in white.")
     return float(columns[0]), float(rows[0]), float(columns[-1]) + 1, float(rows[-1]) + 1
+
+
+def around_both(one: Sequence[float], other: Sequence[float]) -> Box:
+    """The smallest box that holds both."""
+    return min(one[0], other[0]), min(one[1], other[1]), max(one[2], other[2]), max(one[3], other[3])
 
 
 def cut(photo: Image.Image, box: Sequence[float], size: int) -> Crop:
@@ -178,6 +189,18 @@ def changed_pixels(before: Image.Image, after: Image.Image, mask: Tensor) -> int
     """How many pixels differ where the mask (1, H, W) is 0: none, if all went well."""
     differ = (np.asarray(before) != np.asarray(after)).any(-1)
     return int((differ & (mask[0].numpy() == 0)).sum())
+
+
+def measured(before: Image.Image, after: Image.Image, mask: Tensor) -> dict[str, float]:
+    """What a report says of a photo of which a part (1, H, W) was painted anew; the difference is in grey levels."""
+    differ = np.abs(np.asarray(before, np.int16) - np.asarray(after, np.int16)).max(-1)
+    inside = mask[0].numpy() > 0
+    return {
+        "pixels changed outside": int((differ[~inside] > 0).sum()),
+        "largest difference outside": int(differ[~inside].max(initial=0)),
+        "share painted": round(float(inside.mean()), 4),
+        "mean difference inside": round(float(differ[inside].mean()) if inside.any() else 0.0, 2),
+    }
 
 
 def _inverse(matrix: Array) -> Array:
