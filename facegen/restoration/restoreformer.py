@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from facegen import checkpoints
-from facegen.restoration.vqgan import Codebook, Double, Halve, Residual, attend, norm
+from facegen.restoration.vqgan import Codebook, Double, Halve, Residual, attend, norm, swish
 
 PARTS = ("encoder", "decoder", "quantize", "quant_conv", "post_quant_conv")
 MARKS = ("encoder.mid.attn_1.norm2.weight", "decoder.mid.attn_1.norm2.weight", "quantize.embedding.weight")
@@ -143,7 +142,7 @@ class Encoder(nn.Module):
         x = self.mid.block_1(x)
         queries.append(x)
         x = self.mid.block_2(self.mid.attn_1(x))
-        return self.conv_out(F.silu(self.norm_out(x))), queries, x
+        return self.conv_out(swish(self.norm_out(x))), queries, x
 
 
 class Decoder(nn.Module):
@@ -172,7 +171,7 @@ class Decoder(nn.Module):
             x = level(x, query)
             if isinstance(level.upsample, Double):
                 x = level.upsample(x)
-        image: Tensor = self.conv_out(F.silu(self.norm_out(x)))
+        image: Tensor = self.conv_out(swish(self.norm_out(x)))
         return image
 
 

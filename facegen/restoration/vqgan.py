@@ -15,6 +15,11 @@ def norm(width: int) -> nn.GroupNorm:
     return nn.GroupNorm(32, width, eps=1e-6)
 
 
+def swish(x: Tensor) -> Tensor:
+    """x · sigmoid(x), written out: torch's own rounds otherwise, and a code may then be another one."""
+    return x * torch.sigmoid(x)
+
+
 class Residual(nn.Module):
     """Twice norm, swish, 3 × 3 convolution, beside a shortcut.
 
@@ -32,7 +37,7 @@ class Residual(nn.Module):
             self.add_module(shortcut, nn.Conv2d(before, after, 1))
 
     def forward(self, x: Tensor) -> Tensor:  # (B, before, H, W) -> (B, after, H, W)
-        y: Tensor = self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(x))))))
+        y: Tensor = self.conv2(swish(self.norm2(self.conv1(swish(self.norm1(x))))))
         return (self.get_submodule(self.shortcut)(x) if self.shortcut else x) + y
 
 
