@@ -55,9 +55,12 @@ class Weights:
     commercial: bool = True
     any_file: bool = False  # one of the files is enough
     note: str = ""
+    page: str | None = None  # where people get it, when it is on no hub
 
     @property
     def source(self) -> str:
+        if self.page is not None:
+            return self.page
         if self.archive is not None:
             return self.archive.path
         return f"https://huggingface.co/{self.repo}" if self.repo else "part of facegen"
@@ -182,7 +185,68 @@ WEIGHTS: Mapping[str, Weights] = {
             "MIT",
             (File("config.json"), File("model.safetensors")),
             repo="laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
-            note="image encoder of FaceID plus",
+            note="image encoder of FaceID plus and StoryMaker",
+        ),
+        Weights(
+            "storymaker",
+            "adapter",
+            "not stated by its authors; works with buffalo_l: " + _INSIGHTFACE_TERMS,
+            (File("mask.bin"),),
+            repo="RED-AIGC/StoryMaker",
+            commercial=False,
+            note="needs sdxl (made with huaquan/YamerMIX_v11), buffalo_l and clip-vit-h",
+        ),
+        Weights(
+            "photomaker",
+            "adapter",
+            "Apache-2.0; v2 works with buffalo_l: " + _INSIGHTFACE_TERMS,
+            (File("photomaker-v2.bin"),),
+            repo="TencentARC/PhotoMaker-V2",
+            commercial=False,
+            note="needs sdxl (made with SG161222/RealVisXL_V4.0) and buffalo_l",
+        ),
+        Weights(
+            "photomaker-v1",
+            "adapter",
+            "Apache-2.0",
+            (File("photomaker-v1.bin"),),
+            repo="TencentARC/PhotoMaker",
+            note="needs sdxl (made with SG161222/RealVisXL_V3.0)",
+        ),
+        Weights(
+            "pulid",
+            "adapter",
+            "Apache-2.0; works with antelopev2: " + _INSIGHTFACE_TERMS,
+            (File("pulid_v1.1.safetensors"),),
+            repo="guozinan/PuLID",
+            commercial=False,
+            note="needs sdxl (made with RunDiffusion/Juggernaut-XL-v9), antelopev2, eva02-clip-l-336 and bisenet",
+        ),
+        Weights(
+            "pulid-v1",
+            "adapter",
+            "Apache-2.0; works with antelopev2: " + _INSIGHTFACE_TERMS,
+            (File("pulid_v1.bin"),),
+            repo="guozinan/PuLID",
+            commercial=False,
+            note="needs sdxl-lightning's UNet, antelopev2, eva02-clip-l-336 and bisenet",
+        ),
+        Weights(
+            "eva02-clip-l-336",
+            "encoder",
+            "MIT",
+            (File("EVA02_CLIP_L_336_psz14_s6B.pt"),),
+            repo="QuanSun/EVA-CLIP",
+            note="image encoder of PuLID",
+        ),
+        Weights(
+            "bisenet",
+            "encoder",
+            "MIT; trained on CelebAMask-HQ: non-commercial research only",
+            (File("parsing_bisenet.pth"),),
+            commercial=False,
+            note="face parsing for PuLID",
+            page="https://github.com/xinntao/facexlib/releases/download/v0.2.0",
         ),
         Weights(
             "antelopev2",

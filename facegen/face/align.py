@@ -21,6 +21,19 @@ ARCFACE_POINTS: Array = np.array(
     dtype=np.float32,
 )
 
+# The same five in a crop of 512 pixels as restoration and PuLID take it (facexlib `face_restoration_helper.py`).
+RESTORATION_POINTS: Array = np.array(
+    [
+        [192.98138, 239.94708],
+        [318.90277, 240.1936],
+        [256.63416, 314.01935],
+        [201.26117, 371.41043],
+        [313.08905, 371.15118],
+    ],
+    dtype=np.float64,
+)
+BESIDE = (135, 133, 132)  # what is seen beyond the photo there, in OpenCV's order
+
 
 def template(size: int) -> Array:
     """Where the five points go in a crop of `size` pixels, (5, 2) float32; multiples of 128 leave a rim left and right.
@@ -68,6 +81,20 @@ def norm_crop(image: Picture, points: Array, size: int = 112) -> Picture:
         return from_bgr(cv2.warpAffine(to_bgr(image), matrix, (size, size), borderValue=0.0))
     warped: Array = cv2.warpAffine(image, matrix, (size, size), borderValue=0.0)
     return warped
+
+
+def restoration_crop(image: Image.Image, points: Array) -> Image.Image:
+    """The aligned face (512, 512) that restoration networks and PuLID were trained on; grey where the photo ends.
+
+    The same pixels as facexlib's `align_warp_face`. Raises ValueError for points that do not say where the face is.
+    """
+    import cv2
+
+    matrix = cv2.estimateAffinePartial2D(np.asarray(points, np.float64), RESTORATION_POINTS, method=cv2.LMEDS)[0]
+    if matrix is None:
+        raise ValueError("The points of a face coincide; they do not say where it is.")
+    crop = cv2.warpAffine(to_bgr(image), matrix, (512, 512), borderMode=cv2.BORDER_CONSTANT, borderValue=BESIDE)
+    return from_bgr(crop)
 
 
 def norm_crop_torch(images: Tensor, points: Tensor, size: int = 112) -> Tensor:
