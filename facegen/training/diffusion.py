@@ -1,9 +1,10 @@
 """Trains mini's text encoder and UNet together with its three identity adapters, from nothing.
 
 Each batch teaches one way of saying who it is: the prompt alone or with Arc2Face's token (both in one batch, row by
-row), IP-Adapter-FaceID's tokens, or InstantID's tokens with IdentityNet. InstantID comes in a second run, for its
-IdentityNet begins as a copy of the UNet that the first has taught. The face that conditions is always another picture
-of the same person, so that only what two pictures share (the identity) can be carried over.
+row), IP-Adapter-FaceID's tokens, or InstantID's tokens with IdentityNet. InstantID comes in a run of its own beside
+the finished base model, for its IdentityNet begins as a copy of the UNet that the first run has taught. The face that
+conditions is always another picture of the same person, so that only what two pictures share (the identity) can be
+carried over.
 """
 
 from __future__ import annotations
@@ -69,6 +70,7 @@ class DiffusionSettings:
     rank: int = 8
     batch: int = 32
     ways: Mapping[str, float] = field(default_factory=lambda: {"prompt": 0.55, "ip_adapter_faceid": 0.45})
+    base: bool = True  # whether UNet and text encoder learn; else the adapters of ``ways`` alone
     faces: float = 0.6
     no_prompt: float = 0.1
     no_face: float = 0.1
@@ -174,14 +176,15 @@ class DiffusionObjective(Objective):
         self.model, self.adapters, self.settings = model, adapters, settings
         self.lessons, self.held_out, self.reader = lessons, held_out, reader
         self.velocity = VelocityObjective(SCHEDULER)
-        parts = {"unet": model.unet, "text_encoder": model.text_encoder}
-        parts |= {name: adapter.modules() for name, adapter in adapters.items() if name != "arc2face"}
-        model.unet.requires_grad_(True)
-        self.module = nn.ModuleDict(parts)
+        base = {"unet": model.unet, "text_encoder": model.text_encoder}
+        own = {name: adapter.modules() for name, adapter in adapters.items() if name in settings.ways}
+        self.module = nn.ModuleDict({**base, **own} if settings.base else own)
+        for part in base.values():
+            part.requires_grad_(settings.base)
         self._scenes = {id(one): one.pictures.scenes(torch.arange(len(one.pictures))) for one in self._all()}
         self._points = {id(one): one.pictures.whole("landmarks5").float() for one in self._all()}
         self._people = {id(one): person_means(one) for one in self._all()}
-        for part in self.module.values():
+        for part in (*base.values(), *own.values()):
             quicken(part)
 
     def _all(self) -> list[Lessons]:

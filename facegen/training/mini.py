@@ -45,8 +45,7 @@ STEPS: Mapping[str, int] = {
     "diffusion": 40000,
     "instantid": 20000,
 }
-# With InstantID, what was learnt before goes on being taught, so that nothing is forgotten.
-WAYS_WITH_INSTANTID = {"prompt": 0.28, "ip_adapter_faceid": 0.22, "instantid": 0.5}
+
 PERCEPTION = ("recogniser", "judge", "attributes", "parsing", "detector", "points")
 VAE_SETTINGS = LoopSettings(
     learning_rate=1.5e-3, warmup=100, weight_decay=1e-4, average=0.998, bfloat16=True, seed=8
@@ -159,10 +158,9 @@ def learn_from(shop: Workshop, place: Path, vae: Any = None) -> Lessons:
     return Lessons(pictures, kept["latents"], kept["embeddings"])
 
 
-def _diffusion_objective(shop: Workshop, with_instantid: bool = False) -> DiffusionObjective:
-    """What the diffusion stages train, as it is before their own run."""
+def _diffusion_objective(shop: Workshop) -> DiffusionObjective:
+    """The base model and the adapters that learn together with it, as they are before their own run."""
     from facegen.training.diffusion import DiffusionObjective, DiffusionSettings, new_adapters, new_model
-    from facegen.training.reader import frozen
     from facegen.world.tokenizer import build_tokenizer
 
     lessons, held_out = learn_from(shop, shop.pictures), learn_from(shop, shop.held_out)
@@ -170,21 +168,31 @@ def _diffusion_objective(shop: Workshop, with_instantid: bool = False) -> Diffus
     torch.manual_seed(DIFFUSION_SETTINGS.seed)
     model = new_model(finished_vae(shop), build_tokenizer(shop.work / "tokenizer"), settings)
     adapters = new_adapters(model, lessons.embeddings.shape[1], settings)
-    reader = _new_reader(lessons)
-    wear_average(torch.nn.ModuleDict({"reader": reader}), shop.work / "reader", only="reader.")
-    objective = DiffusionObjective(model, adapters, lessons, settings, held_out, frozen(reader))
-    if with_instantid:
-        wear_average(objective.module, shop.work / "diffusion")
-        settings = replace(settings, ways=WAYS_WITH_INSTANTID)
-        last = new_adapters(model, lessons.embeddings.shape[1], settings)["instantid"]
-        adapters["instantid"] = last
-        objective = DiffusionObjective(model, adapters, lessons, settings, held_out, frozen(reader))
+    objective = DiffusionObjective(model, adapters, lessons, settings, held_out, _finished_reader(shop, lessons))
     if shop.start is not None:
         _begin_with(objective, shop.start)
-    elif not with_instantid:
+    else:
         parts = torch.nn.ModuleDict({"text_encoder": model.text_encoder})
         wear_average(parts, shop.work / "words", only="text_encoder.")
     return objective
+
+
+def _instantid_objective(shop: Workshop) -> DiffusionObjective:
+    """InstantID beside the base model of the last stage, whose UNet its IdentityNet begins as a copy of."""
+    from facegen.training.diffusion import DiffusionObjective, new_adapters
+
+    before = _diffusion_objective(shop)
+    if shop.start is None:
+        wear_average(before.module, shop.work / "diffusion")
+    settings = replace(before.settings, ways={"instantid": 1.0}, base=False)
+    adapters = new_adapters(before.model, before.lessons.embeddings.shape[1], settings)
+    return DiffusionObjective(before.model, adapters, before.lessons, settings, before.held_out, before.reader)
+
+
+def _finished_reader(shop: Workshop, lessons: Lessons) -> LatentReader:
+    reader = _new_reader(lessons)
+    wear_average(torch.nn.ModuleDict({"reader": reader}), shop.work / "reader", only="reader.")
+    return reader.eval().requires_grad_(False)
 
 
 def _new_reader(lessons: Lessons) -> LatentReader:
@@ -243,34 +251,37 @@ def _begin_with(objective: DiffusionObjective, folder: Path) -> None:
 
 def train_diffusion(shop: Workshop) -> None:
     """Text encoder, UNet, Arc2Face and IP-Adapter-FaceID, together; then written in their official formats."""
-    _train_diffusion(shop, "diffusion")
+    objective = _diffusion_objective(shop)
+    measured = run(objective, shop.work / "diffusion", Budget(shop.steps("diffusion")), DIFFUSION_SETTINGS)
+    _write(objective, shop)
+    record("diffusion", measured, shop.output / "mini.json")
 
 
 def train_instantid(shop: Workshop) -> None:
-    """InstantID, whose IdentityNet begins as a copy of the trained UNet; all else goes on learning."""
-    _train_diffusion(shop, "instantid")
-
-
-def _train_diffusion(shop: Workshop, stage: str) -> None:
-    objective = _diffusion_objective(shop, with_instantid=stage == "instantid")
-    measured = run(objective, shop.work / stage, Budget(shop.steps(stage)), DIFFUSION_SETTINGS)
+    """InstantID, the base model staying as it is; then written."""
+    objective = _instantid_objective(shop)
+    measured = run(objective, shop.work / "instantid", Budget(shop.steps("instantid")), DIFFUSION_SETTINGS)
     _write(objective, shop)
-    record(stage, measured, shop.output / "mini.json")
+    record("instantid", measured, shop.output / "mini.json")
 
 
 def write_model(shop: Workshop) -> None:
-    """The model as it is so far: the averaged weights of the last checkpoint, in their official formats."""
-    later = (shop.work / "instantid" / STATE).exists()
-    objective = _diffusion_objective(shop, later)
-    wear_average(objective.module, shop.work / ("instantid" if later else "diffusion"))
+    """The model as it is so far: the averaged weights of the last checkpoints, in their official formats."""
+    objective = _diffusion_objective(shop)
+    wear_average(objective.module, shop.work / "diffusion")
     _write(objective, shop)
+    if (shop.work / "instantid" / STATE).exists():
+        objective = _instantid_objective(shop)
+        wear_average(objective.module, shop.work / "instantid")
+        _write(objective, shop)
 
 
 def _write(objective: DiffusionObjective, shop: Workshop) -> None:
     from facegen.training.diffusion import save_base
 
     objective.module.eval()
-    save_base(cast("SD15Model", objective.model), shop.output / "base")
+    if objective.settings.base:
+        save_base(cast("SD15Model", objective.model), shop.output / "base")
     for name, adapter in objective.adapters.items():
         adapter.save(shop.output / "adapters" / name, dtype=torch.float16)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
@@ -210,8 +210,3 @@ class WordsObjective(Objective):
         errors = F.binary_cross_entropy_with_logits(what, wanted.float(), reduction="none")
         facts = (errors * named).sum() / named.sum().clamp_min(1) + (errors * (1 - named)).sum() / (1 - named).sum()
         return {"loss": unlike + facts, "unlike": unlike, "facts": facts}
-
-
-def frozen(module: nn.Module) -> Any:
-    """The module, for use alone."""
-    return module.eval().requires_grad_(False)

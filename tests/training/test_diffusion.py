@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,20 @@ def test_every_way_reaches_its_own_weights(objective: DiffusionObjective, way: s
     assert touched(objective.model.text_encoder)
     for name in ("instantid", "ip_adapter_faceid"):
         assert touched(objective.adapters[name].modules()) == (name == way)
+
+
+def test_without_the_base_only_the_adapter_learns(objective: DiffusionObjective) -> None:
+    settings = replace(SIZES, ways={"instantid": 1.0}, base=False)
+    adapters = new_adapters(objective.model, 128, settings)
+    alone = DiffusionObjective(objective.model, adapters, objective.lessons, settings)
+    assert set(alone.module) == {"instantid"}
+    generator = torch.Generator().manual_seed(3)
+    batch = alone.batch(0, generator)
+    assert batch.way == "instantid"
+    alone.loss(batch, 0, generator)["loss"].backward()
+    assert all(p.grad is None for p in objective.model.unet.parameters())
+    assert all(p.grad is None for p in objective.model.text_encoder.parameters())
+    assert any(p.grad is not None and p.grad.any() for p in alone.module.parameters())
 
 
 def test_the_face_comes_from_another_picture_of_the_same_person(objective: DiffusionObjective) -> None:

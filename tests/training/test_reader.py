@@ -22,7 +22,6 @@ from facegen.training.reader import (
     WordsObjective,
     asked,
     disobedience,
-    frozen,
     person_means,
 )
 from facegen.training.vae import VAESettings, new_vae
@@ -90,7 +89,7 @@ def _model(lessons: Lessons, tmp_path: Path) -> DiffusionObjective:
     torch.manual_seed(0)
     vae = new_vae(VAESettings(channels=(16, 16, 32, 32), latent_channels=4)).requires_grad_(False)
     model = new_model(vae, build_tokenizer(tmp_path / "tokenizer"), TINY)
-    reader = frozen(LatentReader(4, 128))
+    reader = LatentReader(4, 128).eval().requires_grad_(False)
     return DiffusionObjective(model, new_adapters(model, 128, TINY), lessons, TINY, lessons, reader)
 
 
