@@ -150,11 +150,12 @@ class PuLID(Adapter):
         embedding_dim: int = 512,
         *,
         eva: EvaTower,
+        parser: Parser | None = None,
         version: Version = "v1.1",
         sizes: TokenSizes | None = None,
         seed: int = 0,
     ) -> PuLID:
-        """To be trained, in float32; sizes: None for the official ones."""
+        """To be trained, in float32; eva, parser: see the class; sizes: None for the official ones."""
         generator = torch.Generator().manual_seed(seed)
         vector = embedding_dim + eva.sizes.output
         sizes = sizes or TokenSizes(vector=vector, view=eva.sizes.width, output=model.text_width)
@@ -168,7 +169,7 @@ class PuLID(Adapter):
         if isinstance(encoder, IDFormer):
             for parameter in (encoder.latents, encoder.proj_out):
                 nn.init.normal_(parameter, std=sizes.dim**-0.5, generator=generator)
-        adapter = cls(encoder, Streams.fresh(model, generator=generator), eva)
+        adapter = cls(encoder, Streams.fresh(model, generator=generator), eva, parser)
         trainable(adapter.modules(), model)
         return adapter
 
@@ -279,7 +280,7 @@ def grey_face(face: SeenFace, parser: Parser, size: int) -> Tensor:
     """
     import cv2  # type: ignore[import-not-found, unused-ignore]
 
-    from facegen.face.align import restoration_crop
+    from facegen.restoration.faces import cut_ffhq
 
     image, points = face.image.convert("RGB"), np.asarray(face.points, np.float64)
     shrink = LONGEST / max(image.size)
@@ -287,7 +288,7 @@ def grey_face(face: SeenFace, parser: Parser, size: int) -> Tensor:
         sides = int(image.width * shrink), int(image.height * shrink)
         image = Image.fromarray(cv2.resize(np.asarray(image), sides, interpolation=cv2.INTER_LANCZOS4))
         points = points * shrink
-    crop = torch.from_numpy(np.array(restoration_crop(image, points))).permute(2, 0, 1)[None].float() / 255
+    crop = torch.from_numpy(np.array(cut_ffhq(image, points).image)).permute(2, 0, 1)[None].float() / 255
     grey = (crop * torch.tensor(GREY).view(1, 3, 1, 1)).sum(dim=1, keepdim=True).expand(-1, 3, -1, -1)
     pixels = torch.where(parser.mask(crop, ASIDE).bool(), torch.ones_like(crop), grey)
     small = F.interpolate(pixels, (size, size), mode="bicubic", align_corners=False)

@@ -21,19 +21,6 @@ ARCFACE_POINTS: Array = np.array(
     dtype=np.float32,
 )
 
-# The same five in a crop of 512 pixels as restoration and PuLID take it (facexlib `face_restoration_helper.py`).
-RESTORATION_POINTS: Array = np.array(
-    [
-        [192.98138, 239.94708],
-        [318.90277, 240.1936],
-        [256.63416, 314.01935],
-        [201.26117, 371.41043],
-        [313.08905, 371.15118],
-    ],
-    dtype=np.float64,
-)
-BESIDE = (135, 133, 132)  # what is seen beyond the photo there, in OpenCV's order
-
 
 def template(size: int) -> Array:
     """Where the five points go in a crop of `size` pixels, (5, 2) float32; multiples of 128 leave a rim left and right.
@@ -83,20 +70,6 @@ def norm_crop(image: Picture, points: Array, size: int = 112) -> Picture:
     return warped
 
 
-def restoration_crop(image: Image.Image, points: Array) -> Image.Image:
-    """The aligned face (512, 512) that restoration networks and PuLID were trained on; grey where the photo ends.
-
-    The same pixels as facexlib's `align_warp_face`. Raises ValueError for points that do not say where the face is.
-    """
-    import cv2
-
-    matrix = cv2.estimateAffinePartial2D(np.asarray(points, np.float64), RESTORATION_POINTS, method=cv2.LMEDS)[0]
-    if matrix is None:
-        raise ValueError("The points of a face coincide; they do not say where it is.")
-    crop = cv2.warpAffine(to_bgr(image), matrix, (512, 512), borderMode=cv2.BORDER_CONSTANT, borderValue=BESIDE)
-    return from_bgr(crop)
-
-
 def norm_crop_torch(images: Tensor, points: Tensor, size: int = 112) -> Tensor:
     """Aligned crops (B, C, size, size) of images (B, C, H, W) with points (B, 5, 2) in pixels.
 
@@ -108,3 +81,23 @@ def norm_crop_torch(images: Tensor, points: Tensor, size: int = 112) -> Tensor:
     from facegen.face.warp import similarities, warp
 
     return warp(images, similarities(points, torch.from_numpy(template(size))), size)
+
+
+def ffhq_crop(image: Image.Image, points: Array, side: int = 256) -> Image.Image:
+    """The face as FFHQ shows it: eyes level, both eyes and mouth in the picture's middle; white beyond the photo.
+
+    points (5, 2); the square is max(2 · eye distance, 1.8 · eyes-to-mouth) to each side, its centre a tenth of the way
+    from the eyes to the mouth. Source: github NVlabs/ffhq-dataset `download_ffhq.py`.
+    """
+    eyes, mouth = points[:2].mean(axis=0), points[3:5].mean(axis=0)
+    across, down = points[1] - points[0], mouth - eyes
+    x = across - np.array([-down[1], down[0]])
+    x *= max(np.hypot(*across) * 2.0, np.hypot(*down) * 1.8) / np.hypot(*x)
+    y = np.array([-x[1], x[0]])
+    centre = eyes + down * 0.1
+    corners = np.concatenate([centre - x - y, centre - x + y, centre + x + y, centre + x - y])
+    # Supersampled, for PIL's transform looks at single pixels.
+    large = image.transform(
+        (side * 4, side * 4), Image.Transform.QUAD, corners.tolist(), Image.Resampling.BILINEAR, fillcolor="white"
+    )
+    return large.resize((side, side), Image.Resampling.LANCZOS)

@@ -22,27 +22,34 @@ HEAD_WIDTH = 64
 class Mapper(nn.Sequential):
     """Linear, LayerNorm, LeakyReLU, twice, then Linear."""
 
-    def __init__(self, before: int, inner: int, after: int) -> None:
+    def __init__(self, before: int, inner: tuple[int, int], after: int) -> None:
         super().__init__(
-            nn.Linear(before, inner),
-            nn.LayerNorm(inner),
+            nn.Linear(before, inner[0]),
+            nn.LayerNorm(inner[0]),
             nn.LeakyReLU(),
-            nn.Linear(inner, inner),
-            nn.LayerNorm(inner),
+            nn.Linear(inner[0], inner[1]),
+            nn.LayerNorm(inner[1]),
             nn.LeakyReLU(),
-            nn.Linear(inner, after),
+            nn.Linear(inner[1], after),
         )
+
+
+def inside(shapes: Shapes, name: str) -> tuple[int, int]:
+    """The widths inside a mapper."""
+    return shapes[f"{name}.0.weight"][0], shapes[f"{name}.3.weight"][0]
 
 
 @dataclass(frozen=True)
 class TokenSizes:
-    """Lengths of a face's vector (ArcFace's and EVA-CLIP's) and of a view's rows; width inside the mappings, of the
-    transformer (v1.1) and of the tokens; how many tokens the vector gives; queries and layers of the transformer.
+    """Lengths of a face's vector (ArcFace's and EVA-CLIP's) and of a view's rows; widths inside the mapper of the
+    vector and inside those of the views, of the transformer (v1.1) and of the tokens; how many tokens the vector gives;
+    queries and layers of the transformer.
     """
 
     vector: int = 1280
     view: int = 1024
-    inner: int = 1024
+    body: tuple[int, int] = (1024, 1024)
+    inner: tuple[int, int] = (1024, 1024)
     dim: int = 1024
     output: int = 2048
     own: int = 5
@@ -56,7 +63,7 @@ class IDEncoder(nn.Module):
     def __init__(self, sizes: TokenSizes) -> None:
         super().__init__()
         self.sizes = sizes
-        self.body = Mapper(sizes.vector, sizes.inner, sizes.own * sizes.output)
+        self.body = Mapper(sizes.vector, sizes.body, sizes.own * sizes.output)
         for place in range(VIEWS):
             self.add_module(f"mapping_{place}", Mapper(sizes.view, sizes.inner, sizes.output))
             self.add_module(f"mapping_patch_{place}", Mapper(sizes.view, sizes.inner, sizes.output))
@@ -64,10 +71,11 @@ class IDEncoder(nn.Module):
     @classmethod
     def from_shapes(cls, shapes: Shapes) -> IDEncoder:
         """Raises KeyError for a key that is missing."""
-        inner, vector = shapes["body.0.weight"]
-        output, view = shapes["mapping_0.6.weight"][0], shapes["mapping_0.0.weight"][1]
+        vector, view = shapes["body.0.weight"][1], shapes["mapping_0.0.weight"][1]
+        output = shapes["mapping_0.6.weight"][0]
         own = shapes["body.6.weight"][0] // output
-        return cls(TokenSizes(vector=vector, view=view, inner=inner, output=output, own=own))
+        sizes = TokenSizes(vector, view, inside(shapes, "body"), inside(shapes, "mapping_0"), output=output, own=own)
+        return cls(sizes)
 
     @property
     def own(self) -> int:
@@ -97,16 +105,17 @@ class IDFormer(nn.Module):
         self.layers = nn.ModuleList(PerceiverLayer(sizes.dim, heads, HEAD_WIDTH) for _ in range(sizes.depth))
         for place in range(VIEWS):
             self.add_module(f"mapping_{place}", Mapper(sizes.view, sizes.inner, sizes.dim))
-        self.id_embedding_mapping = Mapper(sizes.vector, sizes.inner, sizes.own * sizes.dim)
+        self.id_embedding_mapping = Mapper(sizes.vector, sizes.body, sizes.own * sizes.dim)
 
     @classmethod
     def from_shapes(cls, shapes: Shapes) -> IDFormer:
         """Raises KeyError for a key that is missing."""
         _, queries, dim = shapes["latents"]
-        inner, vector = shapes["id_embedding_mapping.0.weight"]
+        vector, view = shapes["id_embedding_mapping.0.weight"][1], shapes["mapping_0.0.weight"][1]
+        body, inner = inside(shapes, "id_embedding_mapping"), inside(shapes, "mapping_0")
         own = shapes["id_embedding_mapping.6.weight"][0] // dim
-        view, output = shapes["mapping_0.0.weight"][1], shapes["proj_out"][1]
-        return cls(TokenSizes(vector, view, inner, dim, output, own, queries, count(shapes, "layers")))
+        output, depth = shapes["proj_out"][1], count(shapes, "layers")
+        return cls(TokenSizes(vector, view, body, inner, dim, output, own, queries, depth))
 
     def forward(self, vectors: Tensor, views: Sequence[Tensor]) -> Tensor:
         """vectors (N, n, vector) of n photos of a person, views 5 × (N, n · S, view) -> (N, queries, output)."""
