@@ -243,7 +243,9 @@ class StoryMaker(Adapter):
             if pixels.shape[0] not in (count, batch * count):
                 raise WrongRequest(f"{pixels.shape[0]} crops do not fit {batch} pictures of {count} people.")
             features = self.clip.features(pixels).unflatten(0, (-1, count))  # (1 or B, P, S, C)
-            views.append(with_zeros(features.expand(batch, -1, -1, -1), request.guidance))
+            # Of a zero row, "no person", CLIP saw nobody.
+            features = features * (people != 0).any(dim=-1)[..., None, None].to(features.device)
+            views.append(with_zeros(features, request.guidance))
         people = with_zeros(people.to(*dtype_of(self.projector)), request.guidance)
         return halves(self.projector.people(people, *views), request.guidance)
 

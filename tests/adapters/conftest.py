@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,15 +13,20 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
+from facegen import checkpoints
 from facegen.adapter import Adapter, find_adapters
 from facegen.conditions import Condition, TextCondition
 from facegen.models.base import Model
+from facegen.models.clip import ClipView
+from facegen.models.eva import EvaSizes, EvaTower
+from facegen.models.id_tokens import TokenSizes
 from facegen.models.projections import FaceProjection, ProjectionSizes
 from facegen.models.resampler import PerceiverSizes
 
 DIM = 18  # length of the embeddings here; W+ codes have 18 rows
+CLIP, EVA = 24, EvaSizes(width=8, inner=8, output=6, depth=21, head=4, patch=14, image=28)
 
 
 @dataclass(frozen=True)
@@ -43,17 +48,19 @@ def photo(seed: int, size: tuple[int, int] = (96, 128)) -> Photo:
 
 @pytest.fixture(scope="session")
 def tiny_folder(tiny_sd15: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """tiny_sd15 with `id` as one token."""
+    """tiny_sd15 with the words that adapters replace as one token each."""
     from transformers import CLIPTokenizer
 
     folder = tmp_path_factory.mktemp("tiny_id") / "base"
     shutil.copytree(tiny_sd15, folder)
     vocabulary = CLIPTokenizer.from_pretrained(folder / "tokenizer").get_vocab()
     vocabulary["id</w>"] = vocabulary.pop("!</w>")
+    for piece, old in zip(("sk", "sks</w>", "fa", "fac", "face</w>"), '"()+*', strict=True):
+        vocabulary[piece] = vocabulary.pop(f"{old}</w>")
     source = folder.parent / "tokenizer_source"
     source.mkdir()
     (source / "vocab.json").write_text(json.dumps(vocabulary))
-    (source / "merges.txt").write_text("#version: 0.2\ni d</w>\n")
+    (source / "merges.txt").write_text("#version: 0.2\ni d</w>\ns k\nsk s</w>\nf a\nfa c\nfac e</w>\n")
     shutil.rmtree(folder / "tokenizer")
     CLIPTokenizer.from_pretrained(source, model_max_length=77).save_pretrained(folder / "tokenizer")
     return folder
@@ -70,15 +77,81 @@ def other_model(tiny_sdxl: Path) -> Model:
     return Model.from_pretrained(tiny_sdxl, device="cpu", dtype=torch.float32)
 
 
-def make(name: str, model: Model) -> Adapter:
-    """A small adapter of a family, its weights moved away from the start at which it changes nothing."""
+def shaken(module: nn.Module, seed: int, amount: float = 0.3) -> Any:
+    """The module with random weights that were drawn from a generator of their own."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            drawn = torch.randn(parameter.shape, generator=generator) * amount
+            parameter.copy_(drawn if parameter.ndim > 1 else drawn + 1)
+    return module.requires_grad_(False).eval()
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder of weights with tiny encoders of pictures under the names the hub knows, in the place of the user's."""
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    from facegen.face.parsing import ParseNet
+
+    home = tmp_path_factory.mktemp("weights")
+    clip = CLIPVisionConfig(**VISION, projection_dim=8)
+    shaken(CLIPVisionModelWithProjection(clip), 5).save_pretrained(home / "clip-vit-h")
+    tower = {f"visual.{key}": value for key, value in shaken(EvaTower(EVA), 6).state_dict().items()}
+    checkpoints.write(home / "eva02-clip-l-336/EVA02_CLIP_L_336_psz14_s6B.pt", tower)
+    parser = shaken(ParseNet((4, 4, 4, 4, 4), (4, 4, 4, 4), 1), 7)
+    checkpoints.write(home / "bisenet/parsing_bisenet.pth", parser.state_dict())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FACEGEN_HOME", str(home))
+        yield home
+
+
+VISION: dict[str, Any] = {
+    "hidden_size": CLIP,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 1,
+    "image_size": 112,
+    "patch_size": 56,
+}
+
+
+def small(name: str, model: Model, home: Path) -> dict[str, Any]:
+    """What makes an adapter of a family a small one."""
+    from transformers import CLIPVisionConfig
+
+    from facegen.adapters.storymaker import PeopleProjection
+    from facegen.face.parsing import Parser
+    from facegen.models.clip import load_clip
+
     width = model.text_width
-    small: dict[str, dict[str, Any]] = {
-        "instantid": {"sizes": PerceiverSizes(DIM, 24, width, depth=1, heads=1), "queries": 3},
-        "ip_adapter_faceid": {"projector": FaceProjection(ProjectionSizes(DIM, 8, 2, width)), "rank": 2},
-    }
+    if name == "instantid":
+        return {"sizes": PerceiverSizes(DIM, 24, width, depth=1, heads=1), "queries": 3}
+    if name == "ip_adapter_faceid":
+        return {"projector": FaceProjection(ProjectionSizes(DIM, 8, 2, width)), "rank": 2}
+    if name == "facechain_fact":
+        return {"sizes": PerceiverSizes(DIM, 24, width, depth=1, heads=1), "queries": 3}
+    if name == "id_animator":
+        return {"sizes": PerceiverSizes(DIM, 24, width, depth=1, heads=1), "rank": 2}
+    if name == "precisecontrol":
+        return {"time_width": 8, "depth": 2}
+    if name == "storymaker":
+        read = PerceiverSizes(CLIP, width, width, depth=1, heads=1)
+        projector = PeopleProjection(ProjectionSizes(DIM, 8, 2, width), read, read, queries=3)
+        return {"clip": ClipView(load_clip(home), bgr=False), "projector": projector, "rank": 2}
+    if name == "photomaker":
+        return {"vision": CLIPVisionConfig(**VISION), "rank": 2}
+    if name == "pulid":
+        tower = EvaTower.from_file(home / "eva02-clip-l-336/EVA02_CLIP_L_336_psz14_s6B.pt")
+        sizes = TokenSizes(DIM + EVA.output, EVA.width, (8, 8), (8, 8), 64, width, own=2, queries=3, depth=5)
+        return {"eva": tower, "parser": Parser.from_file(home / "bisenet/parsing_bisenet.pth"), "sizes": sizes}
+    return {}
+
+
+def make(name: str, model: Model, home: Path) -> Adapter:
+    """A small adapter of a family, its weights moved away from the start at which it changes nothing."""
     kind: Any = find_adapters()[name]
-    adapter: Adapter = kind.fresh(model, DIM, **small.get(name, {}))
+    adapter: Adapter = kind.fresh(model, DIM, **small(name, model, home))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in adapter.modules().parameters():
@@ -87,15 +160,10 @@ def make(name: str, model: Model) -> Adapter:
     return adapter
 
 
-@pytest.fixture(params=sorted(find_adapters()))
-def adapter(request: pytest.FixtureRequest, model: Model) -> Adapter:
-    return make(request.param, model)
-
-
 @pytest.fixture
-def fresh(model: Model) -> Callable[[str], Adapter]:
+def fresh(model: Model, weights: Path) -> Callable[[str], Adapter]:
     """A small adapter by name."""
-    return lambda name: make(name, model)
+    return lambda name: make(name, model, weights)
 
 
 @pytest.fixture
@@ -104,10 +172,7 @@ def photos() -> Callable[[int], Photo]:
     return photo
 
 
-@pytest.fixture(scope="session")
-def call(model: Model) -> Callable[..., Tensor]:
-    """One UNet call under these conditions: call(conditions, batch=1, guidance=True) -> (R, 4, 8, 8)."""
-
+def caller(model: Model) -> Callable[..., Tensor]:
     def run(
         conditions: Sequence[Condition], batch: int = 1, *, guidance: bool = True, text: TextCondition | None = None
     ) -> Tensor:
@@ -118,3 +183,15 @@ def call(model: Model) -> Callable[..., Tensor]:
             return model.predict(one.expand(rows, -1, -1, -1), 500, prepared.throughout())
 
     return run
+
+
+@pytest.fixture(scope="session")
+def calls() -> Callable[[Model], Callable[..., Tensor]]:
+    """calls(model): UNet calls of that model, as `call` makes them of the small one."""
+    return caller
+
+
+@pytest.fixture(scope="session")
+def call(model: Model) -> Callable[..., Tensor]:
+    """One UNet call under these conditions: call(conditions, batch=1, guidance=True) -> (R, 4, 8, 8)."""
+    return caller(model)
