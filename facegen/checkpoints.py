@@ -6,9 +6,7 @@ A pickle of nested dicts (`{"image_proj": {...}, "ip_adapter": {...}}`) and its 
 
 from __future__ import annotations
 
-import os
 import pickle
-import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,7 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from facegen.errors import CheckpointBroken, FacegenError, OutputUnwritable, WeightsMissing, WrongAdapter
+from facegen.errors import CheckpointBroken, FacegenError, WeightsMissing, WrongAdapter
+from facegen.files import atomic
 
 Tensors: TypeAlias = dict[str, Tensor]
 Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
@@ -37,13 +36,9 @@ _WRAPPERS = ("params_ema", "params", "state_dict", "vqvae", "module")
 # What a file that no adapter claims most likely is: name, keys that must all be present (as a prefix or inside).
 _FOREIGN: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("StoryMaker adapter", ("image_proj_model.pos_embed",)),
-    ("ID-Animator adapter", ("to_k_face.weight",)),
     ("PhotoMaker adapter", ("id_encoder.", "lora_weights.")),
     ("PuLID adapter", ("id_adapter.",)),
-    ("FaceChain-FACT adapter", ("local_fac_prj.",)),
-    ("PreciseControl mapper", ("meta_id_net.",)),
-    ("W+ adapter", ("to_k_wplus.weight",)),
-    ("IP-Adapter for pictures (not for faces)", ("image_proj.", "to_k_ip.weight")),
+    ("Arc2Face expression adapter or another IP-Adapter", ("image_proj.", "to_k_ip.weight")),
     ("whole Stable Diffusion model in one file", ("model.diffusion_model.",)),
     ("ControlNet", ("controlnet_cond_embedding.",)),
     ("RestoreFormer", ("decoder.mid.attn_1.norm2.weight", "quantize.embedding.weight")),
@@ -189,32 +184,19 @@ def write(path: Path, tensors: Nested, metadata: Mapping[str, str] | None = None
     """
     with atomic(path) as temporary:
         if path.suffix == SAFE:
-            save_file({key: value.cpu().contiguous() for key, value in flat(tensors)}, temporary, dict(metadata or {}))
+            whole = {key: value.cpu().contiguous() for key, value in flat(tensors)}
+            write_safetensors(whole, temporary, metadata)
         else:
             torch.save(_detached(tensors), temporary)
     return path
 
 
-@contextmanager
-def atomic(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place when the block succeeds and is removed when it fails."""
+def write_safetensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """safetensors' own writing; a full disk is an OSError here too."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
-    except OSError as error:
-        raise OutputUnwritable(f"{path} cannot be written: {error.strerror}; choose another folder.") from error
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        temporary.chmod(0o666 & ~_umask())  # mkstemp makes files that only their owner may read
-        temporary.replace(path)
-    except (OSError, SafetensorError) as error:
-        raise OutputUnwritable(
-            f"{path} cannot be written: {error}; choose another folder or free some space."
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+        save_file(dict(tensors), path, dict(metadata or {}))
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
 
 
 def cast(nested: Nested, dtype: torch.dtype | None) -> dict[str, Any]:
@@ -227,12 +209,6 @@ def cast(nested: Nested, dtype: torch.dtype | None) -> dict[str, Any]:
         else value
         for key, value in nested.items()
     }
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _detached(nested: Nested) -> dict[str, Any]:
@@ -260,11 +236,12 @@ def _flat_safetensors(path: Path) -> Tensors:
         raise _broken(path, error) from error
 
 
-def _unpickle(path: Path) -> Mapping[str, Any]:
+def content(path: Path) -> Any:
+    """What a pickle holds where that is no named tensors but one tensor or a list of them; raises as `read`."""
     _check_file(path)
     try:
         # The old pickle format (before torch 1.6) cannot be mapped.
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise CheckpointBroken(
             f"{path} is damaged, or holds Python objects besides tensors, which are not opened for safety; "
@@ -272,9 +249,13 @@ def _unpickle(path: Path) -> Mapping[str, Any]:
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, zipfile.BadZipFile) as error:
         raise _broken(path, error) from error
-    if not isinstance(content, Mapping):
-        raise CheckpointBroken(f"{path} holds a {type(content).__name__}, not named tensors; it is no checkpoint.")
-    return content
+
+
+def _unpickle(path: Path) -> Mapping[str, Any]:
+    found = content(path)
+    if not isinstance(found, Mapping):
+        raise CheckpointBroken(f"{path} holds a {type(found).__name__}, not named tensors; it is no checkpoint.")
+    return found
 
 
 def _check_file(path: Path) -> None:

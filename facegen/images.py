@@ -6,13 +6,11 @@ Inside the package a picture is a PIL image in mode RGB with 8 bits a channel, u
 
 from __future__ import annotations
 
-import contextlib
 import io
 import logging
 import os
 import struct
 import sys
-import tempfile
 import warnings
 import zlib
 from collections.abc import Mapping
@@ -23,7 +21,8 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
-from facegen.errors import BadImage, OutputUnwritable, WrongMask
+from facegen.errors import BadImage, WrongMask
+from facegen.files import atomic
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -109,31 +108,9 @@ def save_png(image: Image.Image, path: str | os.PathLike[str], text: Mapping[str
     info = PngInfo()
     for key, value in (text or {}).items():
         info.add_itxt(key, value)  # iTXt is UTF-8: prompts are written in any script
-    temporary: Path | None = None
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(prefix=f".{target.stem}-", suffix=".png", dir=target.parent)
-        temporary = Path(name)
-        with os.fdopen(descriptor, "wb") as file:
-            image.save(file, format="PNG", pnginfo=info)
-        temporary.chmod(0o666 & ~_umask())  # mkstemp's 0600 would keep a shared output folder unreadable for others
-        temporary.replace(target)
-    except OSError as error:
-        raise OutputUnwritable(
-            f"Cannot write {target}: {error.strerror or error}; choose a folder you may write to, with free disk space."
-        ) from error
-    finally:
-        # A cancelled or failed write leaves nothing behind; after the rename the temporary name is gone already.
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
+    with atomic(target) as temporary:
+        image.save(temporary, format="PNG", pnginfo=info)
     return target
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _name(source: object, what: str) -> str:

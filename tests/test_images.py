@@ -206,5 +206,5 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
 
 def test_unwritable_place(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"x")
-    with pytest.raises(OutputUnwritable, match="Cannot write"):
+    with pytest.raises(OutputUnwritable, match="cannot be written"):
         save_png(picture(), tmp_path / "file" / "out.png")

@@ -251,7 +251,7 @@ class _Tally:
 
 
 def _write(result: Result, path: Path) -> None:
-    from facegen.checkpoints import atomic
+    from facegen.files import atomic
 
     with atomic(path) as temporary:
         temporary.write_text(json.dumps(result.to_json(), indent=2) + "\n", "utf-8")

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from facegen.errors import WeightsMissing, WrongRequest
+from facegen.files import atomic
 from facegen.world.parameters import GROUPS, Scenes
 
 logger = logging.getLogger(__name__)
@@ -87,9 +88,8 @@ def _agree(folder: Path, plan: CachePlan) -> None:
         if different:
             raise WrongRequest(f"{folder} was begun with another {', '.join(different)}; choose another folder.")
         wanted["people"] = max(wanted["people"], found["people"])
-    temporary = folder / f".{PLAN}.{os.getpid()}"
-    temporary.write_text(json.dumps(wanted, indent=2) + "\n", "utf-8")
-    os.replace(temporary, path)
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(wanted, indent=2) + "\n", "utf-8")
 
 
 def _draw(plan: CachePlan, people: Sequence[int], pictures: Sequence[int], batch: int = 20) -> dict[str, np.ndarray]:

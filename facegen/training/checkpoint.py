@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +10,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from facegen.errors import CheckpointBroken, OutputUnwritable
+from facegen.checkpoints import write_safetensors
+from facegen.errors import CheckpointBroken
+from facegen.files import atomic
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,21 +48,9 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, facts: Mapping[str, 
 
     Raises :class:`OutputUnwritable` when the folder cannot be written.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(descriptor)
-        try:
-            own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-            save_file(own, temporary, metadata={"facts": json.dumps(dict(facts or {}))})
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        finally:
-            Path(temporary).unlink(missing_ok=True)
-    except (OSError, SafetensorError) as error:
-        raise OutputUnwritable(
-            f"{path} cannot be written ({error}); choose a folder with space and permission."
-        ) from error
+    own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    with atomic(path) as temporary:
+        write_safetensors(own, temporary, {"facts": json.dumps(dict(facts or {}))})
 
 
 def load_tensors(path: Path) -> TrainingState:

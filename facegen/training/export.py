@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from facegen.face.networks import DetectorNet, KeypointNet, RecogniserNet
+from facegen.files import atomic
 from facegen.training.checkpoint import save_tensors
 
 OPSET = 17
@@ -73,22 +73,20 @@ def _weights(net: nn.Module, stem: Path) -> Path:
 
 def _onnx(net: nn.Module, example: Tensor, path: Path, free: dict[int, str], outputs: list[str]) -> None:
     """Export by tracing; ``free`` names the input's axes that may have any length."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     axes = {"input": free}
     if 0 in free:
         axes |= {name: {0: free[0]} for name in outputs}
     else:
         axes |= {name: {0: f"cells_{name}"} for name in outputs}
-    temporary = path.with_name(f".{path.name}.new")
     net = net.to(memory_format=torch.contiguous_format).float()  # type: ignore[call-overload]
-    torch.onnx.export(
-        net, (example,), str(temporary), dynamo=False, opset_version=OPSET,
-        input_names=["input"], output_names=outputs, dynamic_axes=axes,
-        # Folding batch norms into the weights would move them off the half-precision grid; onnxruntime folds by itself.
-        training=torch.onnx.TrainingMode.PRESERVE, do_constant_folding=False,
-    )  # fmt: skip
-    _halve(temporary)
-    os.replace(temporary, path)
+    with atomic(path) as temporary:
+        torch.onnx.export(
+            net, (example,), str(temporary), dynamo=False, opset_version=OPSET,
+            input_names=["input"], output_names=outputs, dynamic_axes=axes,
+            # Folding batch norms would move the weights off the half-precision grid; onnxruntime folds by itself.
+            training=torch.onnx.TrainingMode.PRESERVE, do_constant_folding=False,
+        )  # fmt: skip
+        _halve(temporary)
 
 
 def _halve(path: Path, smallest: int = 512) -> None:

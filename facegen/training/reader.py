@@ -66,7 +66,7 @@ def disobedience(answers: Tensor, wanted: Tensor) -> Tensor:
 class LatentReader(nn.Module):
     """Latents (B, C, 16, 16) to whose face it is (B, D) and to logits of every value of every kind of fact."""
 
-    def __init__(self, channels: int, dim: int, widths: Sequence[int] = (64, 96, 160), hidden: int = 256) -> None:
+    def __init__(self, channels: int, dim: int, widths: Sequence[int] = (96, 160, 224), hidden: int = 384) -> None:
         super().__init__()
         a, b, c = widths
         self.dim = dim

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from facegen.files import atomic
+
 MINI = Path(__file__).resolve().parents[1] / "assets" / "mini"
 
 
@@ -37,6 +39,5 @@ def record(stage: str, figures: Mapping[str, Any], path: Path = MINI / "mini.jso
     with _locked(path.with_name(f".{path.name}.lock")):
         stages: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.exists() else {}
         stages[stage] = {**stages.get(stage, {}), **figures}
-        temporary = path.with_name(f".{path.name}.new")
-        temporary.write_text(json.dumps(stages, indent=2, sort_keys=True) + "\n", "utf-8")
-        os.replace(temporary, path)
+        with atomic(path) as temporary:
+            temporary.write_text(json.dumps(stages, indent=2, sort_keys=True) + "\n", "utf-8")

@@ -33,6 +33,7 @@ from PIL import Image
 from torch import Tensor
 
 from facegen.errors import BadImage, Cancelled, OutputUnwritable, WrongRequest
+from facegen.files import atomic
 from facegen.world.captions import captions_for, describe
 from facegen.world.parameters import GROUPS, Scenes
 from facegen.world.render import Rendering, render
@@ -391,9 +392,8 @@ def _pack(tar: Path, folder: Path, lines: Sequence[Mapping[str, Any]]) -> None:
 
 def _put(path: Path, content: bytes) -> None:
     """Write a file at once: it is whole or not there."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+    with atomic(path) as temporary:
+        temporary.write_bytes(content)
 
 
 # -- reading ------------------------------------------------------------------------------------------------------
