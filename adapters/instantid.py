@@ -21,6 +21,7 @@ from facegen.adapter import Adapter, AdapterRequest, FaceLike, halves, ready, se
 from facegen.checkpoints import SAFE, Shapes, base_name, section
 from facegen.conditions import Condition, ControlCondition, TokenCondition
 from facegen.errors import CheckpointBroken, PackageMissing, WeightsMissing, WrongBaseModel, WrongRequest
+from facegen.models.clip import CLIP_WIDTHS
 from facegen.models.resampler import PerceiverSizes, Resampler
 from facegen.models.streams import Streams, dtype_of, initialise
 
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from facegen.models.base import Model
 
 CONTROLNET = "ControlNetModel"
-CLIP_WIDTHS = (768, 1024, 1280, 1664)  # resamplers over these read CLIP, not a face embedding: IP-Adapter-Plus
 LIMBS = ((0, 2), (1, 2), (3, 2), (4, 2))
 COLOURS = ((255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0), (255, 0, 255))
 
@@ -51,10 +51,11 @@ class InstantID(Adapter):
 
     @classmethod
     def detect(cls, shapes: Shapes, file_name: str) -> bool:
-        # FaceID-Portrait-unnorm has the same keys and sizes; only its name tells it.
+        # FaceID-Portrait-unnorm has the same keys and sizes, IP-Adapter-Plus the same keys; their names tell them.
         reads = shapes.get("image_proj.proj_in.weight", (0, 0))[1] not in CLIP_WIDTHS
         ours = "image_proj.latents" in shapes or "image_proj.proj_in.weight" in shapes
-        return ours and reads and "faceid" not in file_name and not any("_lora." in key for key in shapes)
+        named = any(word in file_name for word in ("faceid", "plus"))
+        return ours and reads and not named and not any("_lora." in key for key in shapes)
 
     @classmethod
     def sizes(cls, shapes: Shapes, file_name: str) -> Mapping[str, int | str]:

@@ -32,11 +32,11 @@ from facegen.adapter import (
 from facegen.checkpoints import SAFE, Shapes, Tensors, base_name, section
 from facegen.conditions import Condition, TokenCondition
 from facegen.errors import CheckpointBroken, WrongRequest
+from facegen.face.align import ffhq_crop
+from facegen.models.directions import Directions
 from facegen.models.streams import Streams, dtype_of, initialise
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from facegen.models.base import Model
     from facegen.models.e4e import E4E
 
@@ -70,7 +70,7 @@ class WPlus(Adapter):
     """See the module's text.
 
     Its embeddings are the codes, flat (B, 18 · 512) or (B, 18, 512). encoder: e4e, to read photos; None where the faces
-    bring the code as their embedding.
+    bring the code as their embedding. directions: for AdapterRequest.edits.
     """
 
     name = "wplus"
@@ -83,6 +83,7 @@ class WPlus(Adapter):
         self.projector = projector
         self.streams = streams
         self.encoder = encoder
+        self.directions = Directions({})
 
     # --- files ----------------------------------------------------------------------------------------------------
 
@@ -97,7 +98,7 @@ class WPlus(Adapter):
 
     @classmethod
     def from_pretrained(cls, source: str | Path, model: Model) -> WPlus:
-        """From `wplus_adapter.bin`, or a folder with it; `e4e_ffhq_encode.pt` beside it is loaded too."""
+        """From `wplus_adapter.bin`, or a folder with it; `e4e_ffhq_encode.pt` and `w_direction/` beside it count."""
         file = cls.choose(source, model)
         tensors = _renamed(checkpoints.read(file))
         streams = Streams.from_tensors(
@@ -110,6 +111,7 @@ class WPlus(Adapter):
         projector = CodeProjection(parts["proj_0.weight"].shape[1] // GROUPS[0], parts["norm.weight"].shape[0])
         checkpoints.load_into(projector, parts, path=file, prefix="w_proj.")
         adapter = cls(projector, streams)
+        adapter.directions = Directions.beside(file.parent)
         ready(adapter.modules(), model)
         if (place := file.parent / ENCODER).is_file():
             from facegen.models.e4e import E4E
@@ -162,9 +164,11 @@ class WPlus(Adapter):
     ) -> list[Condition]:
         """See Adapter. Unless the request says otherwise the first fifth of the run is left to the prompt."""
         request = request or AdapterRequest()
+        self.check_embeddings(embeddings.flatten(1))
+        codes = self.directions.edited(embeddings.reshape(-1, ROWS, self.projector.row_width), request.edits)
         return [
             TokenCondition(
-                tokens=self.tokens(embeddings, request.guidance),
+                tokens=self.tokens(codes, request.guidance),
                 layers=self.streams.layers,
                 mix="gated",
                 scale=self.strength if request.scale is None else request.scale,
@@ -178,32 +182,10 @@ class WPlus(Adapter):
         if self.encoder is None:
             return stacked(faces).mean(dim=1)
         photos = [seen([face], "The W+ adapter looks at the photo; give one.") for face in faces]
-        crops = [torch.tensor(np.asarray(aligned(photo.image, photo.points))) for photo in photos]
+        crops = [torch.tensor(np.asarray(ffhq_crop(photo.image, photo.points))) for photo in photos]
         pixels = torch.stack(crops).permute(0, 3, 1, 2).float() / 127.5 - 1  # (n, 3, 256, 256)
         codes = self.encoder(pixels.to(next(self.encoder.parameters()).device))
         return codes.flatten(1).mean(dim=0, keepdim=True)
-
-
-def aligned(image: Image.Image, points: np.ndarray, side: int = 256) -> Image.Image:
-    """The face as FFHQ shows it: eyes level, both eyes and mouth in the picture's middle; white beyond the photo.
-
-    points (5, 2); the square is max(2 · eye distance, 1.8 · eyes-to-mouth) to each side, its centre a tenth of the way
-    from the eyes to the mouth. Source: github NVlabs/ffhq-dataset `download_ffhq.py`.
-    """
-    from PIL import Image
-
-    eyes, mouth = points[:2].mean(axis=0), points[3:5].mean(axis=0)
-    across, down = points[1] - points[0], mouth - eyes
-    x = across - np.array([-down[1], down[0]])
-    x *= max(np.hypot(*across) * 2.0, np.hypot(*down) * 1.8) / np.hypot(*x)
-    y = np.array([-x[1], x[0]])
-    centre = eyes + down * 0.1
-    corners = np.concatenate([centre - x - y, centre - x + y, centre + x + y, centre + x - y])
-    # Supersampled, for PIL's transform looks at single pixels.
-    large = image.transform(
-        (side * 4, side * 4), Image.Transform.QUAD, corners.tolist(), Image.Resampling.BILINEAR, fillcolor="white"
-    )
-    return large.resize((side, side), Image.Resampling.LANCZOS)
 
 
 def _renamed(tensors: Tensors) -> Tensors:

@@ -70,6 +70,10 @@ class AdapterRequest:
     The tensors below stand for what is otherwise read from the photos, so that training can give them:
     control: (B, 3, H, W) in [0, 1], the drawn keypoints; clip: (B, 3, S, S) CLIP pixels of the aligned face; body:
     (B, 3, S, S) CLIP pixels of the person cut out in front of white.
+
+    What a few adapters understand besides: edits: how far to go along named directions of StyleGAN (W+ adapter,
+    PreciseControl: smile, age …); expression (B, 55), normals and reference (B, 3, H, W) in [0, 1]: see Arc2Face;
+    parts: strengths of such parts by name.
     """
 
     height: int = 512
@@ -86,6 +90,11 @@ class AdapterRequest:
     control: Tensor | None = None
     clip: Tensor | None = None
     body: Tensor | None = None
+    edits: Mapping[str, float] = field(default_factory=dict)
+    expression: Tensor | None = None
+    normals: Tensor | None = None
+    reference: Tensor | None = None
+    parts: Mapping[str, Scale] = field(default_factory=dict)
 
 
 class Adapter(ABC):
@@ -342,7 +351,7 @@ def refuse(path: Path, wanted: str) -> FacegenError:
 def weight_files(folder: Path) -> list[Path]:
     """Checkpoints directly in a folder, without the LoRA companions that only repeat what the adapter's file holds."""
     files = sorted(path for path in folder.iterdir() if path.suffix in checkpoints.SUFFIXES and path.is_file())
-    return [path for path in files if not path.stem.endswith("_lora")]
+    return [path for path in files if not path.stem.endswith("_lora") and not path.stem.startswith("lora_params")]
 
 
 # --- telling --------------------------------------------------------------------------------------------------------

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -13,7 +14,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from facegen.checkpoints import Shapes
-from facegen.errors import CheckpointBroken
+from facegen.errors import CheckpointBroken, WeightsMissing, WrongAdapter
+from facegen.models.resampler import by_photo
 from facegen.models.streams import dtype_of
 
 if TYPE_CHECKING:
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 IMAGE_ENCODER = "image_encoder"
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+CLIP_WIDTHS = (768, 1024, 1280, 1664)  # of patch tokens: what reads such looks at pictures, not at face embeddings
 HEAD_WIDTH = 64  # of every published CLIP encoder but ViT-H's, whose configuration lies beside its weights
 
 
@@ -76,19 +79,113 @@ class ClipView:
         return features
 
 
+@dataclass(eq=False)
+class Sight:
+    """What an adapter sees of photos: CLIP's patch tokens of the last layer but one, or its one pooled embedding.
+
+    clip: None where the faces bring what is seen as their embeddings.
+    """
+
+    clip: ClipView | None = None
+    pooled: bool = False
+    _grey: Tensor | None = field(default=None, repr=False)
+
+    def features(self, pixels: Tensor) -> Tensor:
+        """(n, 3, S, S) -> (n, patches, width), pooled (n, 1, width)."""
+        assert self.clip is not None, "features are made by CLIP"
+        if not self.pooled:
+            return self.clip.features(pixels)
+        embeds: Tensor = self.clip.encoder(pixels.to(*dtype_of(self.clip.encoder))).image_embeds
+        return embeds[:, None]
+
+    def nothing(self, like: Tensor) -> Tensor:
+        """What the other half sees in place of photos (…, S, width), (1, 1, S, width).
+
+        Zeros for a pooled embedding; else the features of zero pixels, which are grey after CLIP's normalisation.
+        """
+        if self.pooled or self.clip is None:
+            return torch.zeros_like(like[:1, :1])
+        if self._grey is None:
+            side = self.clip.size
+            with torch.no_grad():
+                self._grey = self.features(torch.zeros(1, 3, side, side))[None]
+        if self._grey.shape[-2] != like.shape[-2]:
+            raise WrongAdapter(
+                f"The image encoder gives {self._grey.shape[-2]} tokens for a photo, not {like.shape[-2]}; give what it"
+                " gives."
+            )
+        return self._grey.to(like)
+
+    def given(self, embeddings: Tensor, width: int, title: str) -> Tensor:
+        """What faces (1, n, D) bring themselves where there is no CLIP, (1, n, 1, D); WeightsMissing for another D."""
+        if embeddings.shape[-1] != width:
+            raise WeightsMissing(
+                f"{title} looks at photos through CLIP, which is not there; put its {IMAGE_ENCODER} beside the file of"
+                " the adapter."
+            )
+        return embeddings[:, :, None]
+
+    def rows(self, embeddings: Tensor, guidance: bool) -> Tensor:
+        """Features (B, D), (B, S, D) or (B, n, S, D) -> (1 + B, n, S, D), the other half first if there is one.
+
+        A photo whose features are all zero is "no person" and seen as the other half sees it.
+        """
+        photos = by_photo(embeddings)
+        nothing = self.nothing(photos)
+        photos = torch.where((photos == 0).flatten(2).all(-1)[..., None, None], nothing, photos)
+        if not guidance:
+            return photos
+        return torch.cat([nothing.expand_as(photos[:1]), photos])
+
+
+def fitting_clip(folder: Path, width: int, *, pooled: bool = False) -> CLIPVisionModelWithProjection | None:
+    """The encoder of this width among those in or beside a folder of adapters, else the hub's if it fits; else None.
+
+    pooled: the width is that of the pooled embedding. Raises WrongAdapter where others lie beside the adapters.
+    """
+    places = [folder / IMAGE_ENCODER, folder.parent / IMAGE_ENCODER, folder.parent / "models" / IMAGE_ENCODER]
+    found = [place for place in places if (place / "config.json").is_file()]
+    beside = bool(found)
+    if not found:
+        from facegen.hub import resolve
+
+        try:
+            found = [Path(resolve("clip-vit-h"))]
+        except WeightsMissing:
+            return None
+    widths = []
+    for place in found:
+        config = json.loads((place / "config.json").read_text("utf-8"))
+        config = config.get("vision_config", config) | {k: v for k, v in config.items() if k == "projection_dim"}
+        widths.append(config.get("projection_dim" if pooled else "hidden_size"))
+        if widths[-1] == width:
+            return load_clip_from(place)
+    if not beside:
+        return None
+    raise WrongAdapter(
+        f"The adapter in {folder} reads CLIP features {width} wide, the image encoder in {found[0]} gives {widths[0]};"
+        f" put the right one into {folder / IMAGE_ENCODER}."
+    )
+
+
 def load_clip(folder: Path) -> CLIPVisionModelWithProjection:
     """The encoder in `image_encoder/` in or beside the folder, else the one the hub calls clip-vit-h.
 
     Raises WeightsMissing, CheckpointBroken.
     """
-    from transformers import CLIPVisionModelWithProjection
-
     places = [folder / IMAGE_ENCODER, folder.parent / IMAGE_ENCODER]
     place = next((one for one in places if (one / "config.json").is_file()), None)
     if place is None:
         from facegen.hub import resolve
 
         place = Path(resolve("clip-vit-h"))
+    return load_clip_from(place)
+
+
+def load_clip_from(place: Path) -> CLIPVisionModelWithProjection:
+    """The encoder that lies in this folder; CheckpointBroken."""
+    from transformers import CLIPVisionModelWithProjection
+
     try:
         # transformers maps old key names by class name: the class itself, not one of ours.
         encoder, report = cast(

@@ -1,6 +1,7 @@
-"""From a face embedding to the tokens of the IP-Adapter-FaceID family.
+"""From a face embedding, or what CLIP sees of a photo, to the tokens of the IP-Adapter family.
 
-Key names and arithmetic of github tencent-ailab/IP-Adapter `ip_adapter/ip_adapter_faceid.py`; sizes come from the file.
+Key names and arithmetic of github tencent-ailab/IP-Adapter `ip_adapter/{ip_adapter,ip_adapter_faceid}.py`; sizes come
+from the file.
 """
 
 from __future__ import annotations
@@ -77,3 +78,56 @@ class FacePlusProjection(_Mlp):
         faces = self.faces(embeddings)
         read: Tensor = self.perceiver_resampler(faces, clip)
         return faces + structure * read if shortcut else read
+
+
+class LinearProjection(nn.Module):
+    """LayerNorm of one linear layer cut into tokens: the plain IP-Adapter, which reads CLIP's pooled embedding."""
+
+    def __init__(self, features: int, tokens: int, output: int) -> None:
+        super().__init__()
+        self.tokens = tokens
+        self.proj = nn.Linear(features, tokens * output)
+        self.norm = nn.LayerNorm(output)
+
+    @classmethod
+    def from_shapes(cls, shapes: Shapes) -> LinearProjection:
+        rows, features = shapes["proj.weight"]
+        output = shapes["norm.weight"][0]
+        return cls(features, rows // output, output)
+
+    @property
+    def input_dim(self) -> int:
+        """Length of what it reads."""
+        return self.proj.in_features
+
+    def forward(self, features: Tensor) -> Tensor:
+        """features (B, n, input_dim) -> (B, n · tokens, output)."""
+        out: Tensor = self.norm(self.proj(features).unflatten(-1, (self.tokens, -1)).flatten(1, 2))
+        return out
+
+
+class PatchProjection(nn.Module):
+    """Each of CLIP's patch tokens becomes a token by itself: the full-face IP-Adapter."""
+
+    def __init__(self, features: int, output: int) -> None:
+        super().__init__()
+        self.proj = nn.Sequential(
+            nn.Linear(features, features), nn.GELU(), nn.Linear(features, output), nn.LayerNorm(output)
+        )
+
+    @classmethod
+    def from_shapes(cls, shapes: Shapes) -> PatchProjection:
+        output, features = shapes["proj.2.weight"]
+        return cls(features, output)
+
+    @property
+    def input_dim(self) -> int:
+        """Width of the patch tokens."""
+        first = self.proj[0]
+        assert isinstance(first, nn.Linear)
+        return first.in_features
+
+    def forward(self, features: Tensor) -> Tensor:
+        """features (B, S, input_dim) -> (B, S, output)."""
+        out: Tensor = self.proj(features)
+        return out

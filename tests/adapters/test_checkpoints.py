@@ -136,11 +136,6 @@ def test_unwritable(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("keys", "kind"),
     [
-        (["id_encoder.vision_model.x", "lora_weights.unet.y"], "PhotoMaker adapter"),
-        (["id_adapter.latents", "id_adapter_attn_layers.1.id_to_k.weight"], "PuLID adapter"),
-        (["image_proj_model.pos_embed", "ip_adapter.1.to_k_ip.weight"], "StoryMaker adapter"),
-        (["local_fac_prj.latents"], "FaceChain-FACT adapter"),
-        (["image_proj.proj.weight", "ip_adapter.1.to_k_ip.weight"], "IP-Adapter for pictures (not for faces)"),
         (["lora_unet_down_blocks_0.lora_down.weight"], "LoRA"),
         (["model.diffusion_model.input_blocks.0.0.weight"], "whole Stable Diffusion model in one file"),
         (["controlnet_cond_embedding.conv_in.weight", "down_blocks.0.x", "conv_in.weight"], "ControlNet"),

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from facegen import checkpoints, schedulers
 from facegen.adapter import AdapterRequest, load_adapter
-from facegen.adapters.wplus import WPlus, aligned, delayed
+from facegen.adapters.wplus import WPlus, delayed
 from facegen.conditions import TokenCondition
 from facegen.denoise import Guidance, denoise
 from facegen.errors import CheckpointBroken, WrongRequest
+from facegen.face.align import ffhq_crop
 from facegen.models.base import Model
 from facegen.models.e4e import E4E
 
@@ -138,7 +139,7 @@ def test_alignment_levels_the_eyes() -> None:
         image = Image.new("RGB", (300, 300), "white")
         x, y = points[0]
         ImageDraw.Draw(image).ellipse([x - 3, y - 3, x + 3, y + 3], fill="black")
-        dark = np.argwhere(np.asarray(aligned(image, points).convert("L")) < 128)
+        dark = np.argwhere(np.asarray(ffhq_crop(image, points).convert("L")) < 128)
         places.append(dark.mean(axis=0))
     assert np.allclose(places[0], places[1], atol=3)
     assert np.allclose(places[0], places[2], atol=3)
