@@ -87,20 +87,25 @@ def shaken(module: nn.Module, seed: int, amount: float = 0.3) -> Any:
     return module.requires_grad_(False).eval()
 
 
-@pytest.fixture(scope="session")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder of weights with tiny encoders of pictures under the names the hub knows, in the place of the user's."""
+def write_weights(home: Path) -> None:
+    """Tiny encoders of pictures under the names the hub knows, in the formats of the real ones."""
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
     from facegen.face.parsing import ParseNet
 
-    home = tmp_path_factory.mktemp("weights")
     clip = CLIPVisionConfig(**VISION, projection_dim=8)
     shaken(CLIPVisionModelWithProjection(clip), 5).save_pretrained(home / "clip-vit-h")
     tower = {f"visual.{key}": value for key, value in shaken(EvaTower(EVA), 6).state_dict().items()}
     checkpoints.write(home / "eva02-clip-l-336/EVA02_CLIP_L_336_psz14_s6B.pt", tower)
     parser = shaken(ParseNet((4, 4, 4, 4, 4), (4, 4, 4, 4), 1), 7)
     checkpoints.write(home / "bisenet/parsing_bisenet.pth", parser.state_dict())
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder of weights that takes the place of the user's; see `write_weights`."""
+    home = tmp_path_factory.mktemp("weights")
+    write_weights(home)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FACEGEN_HOME", str(home))
         yield home
@@ -116,7 +121,7 @@ VISION: dict[str, Any] = {
 }
 
 
-def small(name: str, model: Model, home: Path) -> dict[str, Any]:
+def small(name: str, model: Model, home: Path, dim: int) -> dict[str, Any]:
     """What makes an adapter of a family a small one."""
     from transformers import CLIPVisionConfig
 
@@ -126,32 +131,32 @@ def small(name: str, model: Model, home: Path) -> dict[str, Any]:
 
     width = model.text_width
     if name == "instantid":
-        return {"sizes": PerceiverSizes(DIM, 24, width, depth=1, heads=1), "queries": 3}
+        return {"sizes": PerceiverSizes(dim, 24, width, depth=1, heads=1), "queries": 3}
     if name == "ip_adapter_faceid":
-        return {"projector": FaceProjection(ProjectionSizes(DIM, 8, 2, width)), "rank": 2}
+        return {"projector": FaceProjection(ProjectionSizes(dim, 8, 2, width)), "rank": 2}
     if name == "facechain_fact":
-        return {"sizes": PerceiverSizes(DIM, 24, width, depth=1, heads=1), "queries": 3}
+        return {"sizes": PerceiverSizes(dim, 24, width, depth=1, heads=1), "queries": 3}
     if name == "id_animator":
-        return {"sizes": PerceiverSizes(DIM, 24, width, depth=1, heads=1), "rank": 2}
+        return {"sizes": PerceiverSizes(dim, 24, width, depth=1, heads=1), "rank": 2}
     if name == "precisecontrol":
         return {"time_width": 8, "depth": 2}
     if name == "storymaker":
         read = PerceiverSizes(CLIP, width, width, depth=1, heads=1)
-        projector = PeopleProjection(ProjectionSizes(DIM, 8, 2, width), read, read, queries=3)
+        projector = PeopleProjection(ProjectionSizes(dim, 8, 2, width), read, read, queries=3)
         return {"clip": ClipView(load_clip(home), bgr=False), "projector": projector, "rank": 2}
     if name == "photomaker":
         return {"vision": CLIPVisionConfig(**VISION), "rank": 2}
     if name == "pulid":
         tower = EvaTower.from_file(home / "eva02-clip-l-336/EVA02_CLIP_L_336_psz14_s6B.pt")
-        sizes = TokenSizes(DIM + EVA.output, EVA.width, (8, 8), (8, 8), 64, width, own=2, queries=3, depth=5)
+        sizes = TokenSizes(dim + EVA.output, EVA.width, (8, 8), (8, 8), 64, width, own=2, queries=3, depth=5)
         return {"eva": tower, "parser": Parser.from_file(home / "bisenet/parsing_bisenet.pth"), "sizes": sizes}
     return {}
 
 
-def make(name: str, model: Model, home: Path) -> Adapter:
+def make(name: str, model: Model, home: Path, dim: int = DIM) -> Adapter:
     """A small adapter of a family, its weights moved away from the start at which it changes nothing."""
     kind: Any = find_adapters()[name]
-    adapter: Adapter = kind.fresh(model, DIM, **small(name, model, home))
+    adapter: Adapter = kind.fresh(model, dim, **small(name, model, home, dim))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in adapter.modules().parameters():
