@@ -3,9 +3,8 @@
 All take q (R, H, L, d), k and v (R, H, N, d) and an optional additive bias that broadcasts to (R, H, L, N), and give
 (R, H, L, d).
 
-A later fused kernel (text attention and all token streams in one launch) has its door in
-`facegen.attention.processor.mix`: that function sees the query, the text's keys and values and every stream at once,
-and nothing else calls a backend for cross-attention.
+`triton` is more than such a function: `facegen.attention.processor.mix`, which sees the query, the prompt's keys and
+values and every stream at once, gives all of them to one kernel when it finds this backend.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from facegen.attention.segments import Segments
 from facegen.errors import PackageMissing, WrongRequest
 
 Backend: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
@@ -28,11 +28,12 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) 
 
 
 def math(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Explicit softmax in float32: slow, needs the whole (L, N) matrix, the same on every device; for checks."""
-    logits = (query.float() @ key.float().transpose(-1, -2)) * query.shape[-1] ** -0.5
+    """Explicit softmax in float32, or float64 for such inputs: slow, needs the whole (L, N) matrix; for checks."""
+    wide = torch.promote_types(query.dtype, torch.float32)
+    logits = (query.to(wide) @ key.to(wide).transpose(-1, -2)) * query.shape[-1] ** -0.5
     if bias is not None:
-        logits = logits + bias.float()
-    return (logits.softmax(dim=-1) @ value.float()).to(query.dtype)
+        logits = logits + bias.to(wide)
+    return (logits.softmax(dim=-1) @ value.to(wide)).to(query.dtype)
 
 
 def xformers(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -50,7 +51,27 @@ def xformers(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = No
     return torch.as_tensor(out).transpose(1, 2)
 
 
-BACKENDS: dict[str, Backend] = {"sdpa": sdpa, "math": math, "xformers": xformers}
+def triton(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`sdpa` wherever there is one set of keys; cross-attention with streams takes the fused kernel (see `mix`)."""
+    return sdpa(query, key, value, bias)
+
+
+def fused_kernel(query: Tensor) -> Callable[[Tensor, Segments], Tensor]:
+    """The kernel behind `triton`; raises PackageMissing without Triton, WrongRequest where it cannot run."""
+    try:
+        from facegen.attention import triton_kernel
+    except ImportError as error:
+        raise PackageMissing(
+            f"The triton attention backend needs the package triton ({error}); install it or use 'sdpa'."
+        ) from error
+    if query.device.type != "cuda" and not triton_kernel.interpreted():
+        raise WrongRequest(
+            "The triton attention backend needs a CUDA device; use 'sdpa' here, or set TRITON_INTERPRET=1 to check it."
+        )
+    return triton_kernel.fused
+
+
+BACKENDS: dict[str, Backend] = {"sdpa": sdpa, "math": math, "xformers": xformers, "triton": triton}
 
 
 def backend_by_name(name: str) -> Backend:

@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from facegen.attention.backends import Backend, sdpa
+from facegen.attention.backends import Backend, fused_kernel, sdpa, triton
+from facegen.attention.segments import Segments, fusable, side_by_side
 from facegen.attention.weights import GatedSelf, add_low_rank, layer_widths
 from facegen.errors import WrongBaseModel
 
@@ -77,6 +78,7 @@ class LayerContext(NamedTuple):
     reference: extra self-attention keys and values; reference_bias: their additive bias, (R or 1, 1, L or 1, N), None
     for none.
     ahead: streams that change the block's state before its text attention; norm: the LayerNorm that follows them.
+    segments: text and streams side by side, where the fused kernel will read them.
     """
 
     text: KeyValue | None = None
@@ -86,6 +88,7 @@ class LayerContext(NamedTuple):
     reference_bias: Tensor | None = None
     ahead: tuple[Ahead, ...] = ()
     norm: nn.Module | None = None
+    segments: Segments | None = None
 
 
 class AttentionContext(NamedTuple):
@@ -114,11 +117,20 @@ def merge_heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2).reshape(x.shape[0], -1, x.shape[1] * x.shape[3])
 
 
-def mix(query: Tensor, text: KeyValue, streams: Sequence[StreamGroup], backend: Backend) -> Tensor:
+def mix(
+    query: Tensor,
+    text: KeyValue,
+    streams: Sequence[StreamGroup],
+    backend: Backend,
+    segments: Segments | None = None,
+) -> Tensor:
     """Text attention plus every stream: h + Σ scale·mask·attn(q, k, v), before the output projection.
 
-    query (R, H, L, d) → (R, L, C). This is the one place a fused kernel would replace.
+    query (R, H, L, d) → (R, L, C). segments: text and streams as the fused kernel wants them, where they were laid side
+    by side beforehand.
     """
+    if backend is triton and fusable(streams):
+        return fused_kernel(query)(query, segments or side_by_side(text, streams, query.dtype))
     out = hidden = merge_heads(backend(query, *text, None)).to(query.dtype)
     for group in streams:
         own = query
@@ -230,7 +242,7 @@ class FacegenAttention:
             value = torch.cat([value, layer.reference[1].to(value.dtype)], dim=2)
             out = merge_heads(backend(query, key, value, bias)).to(query.dtype)
         else:
-            out = mix(query, (key, value), layer.streams, backend)
+            out = mix(query, (key, value), layer.streams, backend, layer.segments)
 
         out = attn.to_out[1](add_low_rank(out, attn.to_out[0](out), lora.out))
         if attn.residual_connection:

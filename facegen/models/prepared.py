@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from facegen.attention.backends import Backend, sdpa
+from facegen.attention.backends import Backend, sdpa, triton
 from facegen.attention.processor import (
     Ahead,
     AttentionContext,
@@ -26,6 +26,7 @@ from facegen.attention.processor import (
     StreamGroup,
     split_heads,
 )
+from facegen.attention.segments import Segments, fusable, side_by_side
 from facegen.attention.weights import KV, GatedSelf, LayerLora, LowRank, add_low_rank
 from facegen.conditions import (
     ChannelsCondition,
@@ -120,6 +121,11 @@ class Prepared:
         self._layers: tuple[Any, dict[int, LayerContext]] | None = None
         self._text: tuple[Any, dict[int, KeyValue]] | None = None
         self._written: tuple[Any, TextCondition] | None = None
+        self._stacks: dict[Any, KeyValue] = {}
+        self._segments: dict[int, tuple[Any, Segments]] = {}
+        self._scales: dict[tuple[float, ...], Tensor] = {}
+        self._rows: dict[int, Tensor] = {}
+        self._constant = {id(pair) for condition in self.conditions for pair in vars(condition).values()}
         for condition in self.conditions:
             if isinstance(condition, TokenCondition):
                 self._keys[id(condition)] = self._stream_keys(condition)
@@ -183,9 +189,14 @@ class Prepared:
             raise WrongRequest(
                 f"A condition is for {pair.shape[1]} pictures, but {self.batch} are made; give it 1 or {self.batch}."
             )
+        if id(pair) in self._rows and not torch.is_grad_enabled():
+            return self._rows[id(pair)]
         halves = pair if self.guidance else pair[1:]
         halves = halves.to(self.model.device, self.model.dtype)
-        return halves.expand(halves.shape[0], self.batch, *halves.shape[2:]).flatten(0, 1)
+        rows = halves.expand(halves.shape[0], self.batch, *halves.shape[2:]).flatten(0, 1)
+        if id(pair) in self._constant and not torch.is_grad_enabled():
+            self._rows[id(pair)] = rows
+        return rows
 
     # --- attention ----------------------------------------------------------------------------------------------
 
@@ -194,7 +205,8 @@ class Prepared:
         streams = now.of(TokenCondition)
         references = now.of(ReferenceCondition)
         text_keys = self._text_keys(now, streams)
-        key = (now.strengths, size, id(text_keys))
+        acting = tuple((id(condition), strength) for condition, strength in (*streams, *references))
+        key = (acting, size, id(text_keys))
         if self._layers is None or self._layers[0] != key or torch.is_grad_enabled():
             layers = {
                 layer.index: self._layer(layer, streams, references, text_keys, size)
@@ -220,7 +232,9 @@ class Prepared:
             beside = [(c, s) for c, s in here if c.mix != "ahead"]
             ahead = self._ahead([(c, s) for c, s in here if c.mix == "ahead"], layer, size)
             norm = (ahead[0].weights.ln or _norm(self.model, layer)) if ahead else None
-            return LayerContext(text, self._groups(beside, layer, size), lora or LowRankPairs(), ahead=ahead, norm=norm)
+            groups = self._groups(beside, layer, size)
+            segments = self._side_by_side(beside, text, groups, layer, size)
+            return LayerContext(text, groups, lora or LowRankPairs(), ahead=ahead, norm=norm, segments=segments)
         reference, bias = self._reference(references, layer, size)
         if lora is None and reference is None:
             return None
@@ -240,21 +254,58 @@ class Prepared:
                 bundles.append([(condition, strength)])
         groups = []
         for bundle in bundles:
-            keys = [self._keys[id(condition)][layer.index] for condition, _ in bundle]
             first = bundle[0][0]
             weights = first.layers[layer.index]
             gate = weights.to_q if first.mix == "gated" and isinstance(weights, KV) else None
             groups.append(
                 StreamGroup(
-                    keys[0][0] if len(keys) == 1 else torch.cat([key for key, _ in keys]),
-                    keys[0][1] if len(keys) == 1 else torch.cat([value for _, value in keys]),
-                    torch.tensor([s for _, s in bundle], device=self.model.device, dtype=torch.float32),
+                    *self._stacked([condition for condition, _ in bundle], layer),
+                    self._scale(tuple(strength for _, strength in bundle)),
                     tuple(None if c.mask is None else self.mask(c.mask, layer.level, size) for c, _ in bundle),
                     None if gate is None else gate.weight.to(self.model.device),
                     first.mix if first.mix == "ortho" or first.mix == "ortho_v2" else None,
                 )
             )
         return tuple(groups)
+
+    def _stacked(self, conditions: Sequence[TokenCondition], layer: AttentionLayer) -> KeyValue:
+        """Keys and values of streams that share a call, (G·R, H, N, d), stacked once whatever their strengths do."""
+        keys = [self._keys[id(condition)][layer.index] for condition in conditions]
+        if len(keys) == 1:
+            return keys[0]
+        key = (layer.index, *map(id, conditions))
+        if key not in self._stacks or torch.is_grad_enabled():
+            self._stacks[key] = torch.cat([k for k, _ in keys]), torch.cat([v for _, v in keys])
+        return self._stacks[key]
+
+    def _scale(self, strengths: tuple[float, ...]) -> Tensor:
+        """(G,), brought to the device once for all layers and steps that share them."""
+        if strengths not in self._scales:
+            self._scales[strengths] = torch.tensor(strengths, device=self.model.device, dtype=torch.float32)
+        return self._scales[strengths]
+
+    def _side_by_side(
+        self,
+        streams: Sequence[tuple[TokenCondition, float]],
+        text: KeyValue | None,
+        groups: Sequence[StreamGroup],
+        layer: AttentionLayer,
+        size: Size,
+    ) -> Segments | None:
+        """For the fused kernel, in inference; where only strengths changed since, the rest is taken over."""
+        if self.backend is not triton or text is None or not fusable(groups):
+            return None
+        # The tensor itself, not its id: the keys of a prompt that changes with the steps come and go.
+        key = (size, text[0], *(condition for condition, _ in streams))
+        known = self._segments.get(layer.index)
+        if (
+            known is None
+            or len(known[0]) != len(key)
+            or known[0][0] != size
+            or any(a is not b for a, b in zip(known[0][1:], key[1:], strict=True))
+        ):
+            known = self._segments[layer.index] = key, side_by_side(text, groups, self.model.dtype)
+        return replace(known[1], scales=torch.cat([known[1].scales[:1], *(group.scales for group in groups)]))
 
     def _ahead(
         self, streams: Sequence[tuple[TokenCondition, float]], layer: AttentionLayer, size: Size

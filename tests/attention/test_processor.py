@@ -66,7 +66,7 @@ def test_backends_agree(bias: Tensor | None) -> None:
 
 def test_unknown_backends_are_refused() -> None:
     assert backend_by_name("math") is math
-    assert set(BACKENDS) == {"sdpa", "math", "xformers"}
+    assert set(BACKENDS) == {"sdpa", "math", "xformers", "triton"}
     with pytest.raises(WrongRequest, match="sdpa"):
         backend_by_name("flash9000")
 
