@@ -297,6 +297,6 @@ class Parser:
         return logits.argmax(1)
 
     def mask(self, images: Tensor, parts: Iterable[str]) -> Tensor:
-        """(B, 1, H, W): 1 where one of the named classes is. ValueError for a name that is no class."""
-        wanted = [self.labels.index(part) for part in parts]
-        return torch.isin(self.parse(images), torch.tensor(wanted))[:, None].float()
+        """(B, 1, H, W): 1 where one of the named classes is; the names are those of `labels`."""
+        wanted = torch.tensor([self.labels.index(part) for part in parts], device=images.device)
+        return torch.isin(self.parse(images), wanted)[:, None].float()

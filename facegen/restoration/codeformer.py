@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from facegen import checkpoints
-from facegen.restoration.vqgan import Codebook, Double, Halve, Residual, attend, norm
+from facegen.restoration.vqgan import Codebook, Double, Halve, Residual, norm
 
 MARKS = ("position_emb", "feat_emb.weight", "idx_pred_layer.1.weight", "quantize.embedding.weight")
 FIRST, WIDTHS, LATENT = 64, (64, 128, 128, 256, 256, 512), 256
@@ -63,7 +63,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm(x)
-        out: Tensor = x + self.proj_out(attend(self.q(y), self.k(y), self.v(y), 1))
+        q, k, v = (part(y).flatten(2) for part in (self.q, self.k, self.v))  # (B, C, h·w)
+        weights = (q.transpose(1, 2) @ k * x.shape[1] ** -0.5).softmax(2)  # (B, h·w, h·w)
+        out: Tensor = x + self.proj_out((v @ weights.transpose(1, 2)).view_as(x))
         return out
 
 

@@ -213,19 +213,18 @@ class DFDNet(nn.Module):
         return checkpoints.fill(net, own, path)
 
     def forward(self, x: Tensor, boxes: Boxes) -> Tensor:
-        if x.shape != (1, 3, SIDE, SIDE):
-            raise ValueError(f"DFDNet restores one face of {SIDE} × {SIDE} pixels at a time, not {tuple(x.shape)}.")
+        if len(x) != 1:
+            raise ValueError(f"DFDNet restores one face at a time, not {len(x)}.")
         maps = self.VggExtract(x)
-        styles = [self._exchanged(one, boxes) for one in maps]
+        styles = [self._exchanged(one, side, boxes) for one, side in zip(maps, WIDTHS, strict=True)]
         y = self.MSDilate(maps[-1])
         for up, style in zip((self.up0, self.up1, self.up2, self.up3), reversed(styles), strict=True):
             y = up(y, style)
         face: Tensor = self.up4(y)
         return face
 
-    def _exchanged(self, features: Tensor, boxes: Boxes) -> Tensor:
-        """A map (1, C, h, w) in which each part carries what the dictionary knows of it."""
-        side = features.shape[-1]
+    def _exchanged(self, features: Tensor, side: int, boxes: Boxes) -> Tensor:
+        """A map (1, C, side, side) in which each part carries what the dictionary knows of it."""
         made = features.clone()
         for part, (prefix, _) in PARTS.items():
             x0, y0, x1, y1 = (int(value // (SIDE / side)) for value in boxes[part])

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from PIL import Image
+from torch import Tensor
 
 from facegen.errors import NoFaceFound
 from facegen.face.paste import Crop
@@ -46,3 +49,27 @@ def is_gray(photo: Image.Image, least: float = 10.0) -> bool:
     """Whether a photo has no colours: the differences of its channels hardly vary (CodeFormer's `is_gray`)."""
     red, green, blue = (np.asarray(photo, np.int16)[..., channel] for channel in range(3))
     return float(np.mean([(red - green).var(), (green - blue).var(), (blue - red).var()])) <= least
+
+
+def gray(made: Tensor, seen: Tensor) -> Tensor:
+    """A restored face (3, H, W) in [0, 1] without colours, as bright and as rich in contrast as the damaged one."""
+    light = (made * made.new_tensor([0.2989, 0.5870, 0.1140])[:, None, None]).sum(0, keepdim=True)
+    goal = seen.mean(0, keepdim=True)
+    matched = (light - light.mean()) * (goal.std() / light.std().clamp(min=1e-5)) + goal.mean()
+    return matched.clamp(0, 1).expand_as(made)
+
+
+def with_coarse(made: Tensor, seen: Tensor) -> Tensor:
+    """A restored face (3, H, W) with what is coarse, light and colour, of the damaged one.
+
+    What is larger than a sixteenth of a face outlives any usual damage.
+    """
+    coarse = seen - made
+    sigma = made.shape[-1] / 32
+    reach = min(round(3 * sigma), made.shape[-1] - 1)
+    places = torch.arange(-reach, reach + 1, dtype=torch.float32)
+    kernel = torch.exp(-0.5 * (places / sigma) ** 2)
+    kernel = (kernel / kernel.sum()).expand(3, 1, -1)
+    coarse = F.pad(coarse[None], (reach,) * 4, mode="reflect")
+    coarse = F.conv2d(F.conv2d(coarse, kernel[..., None, :], groups=3), kernel[..., None], groups=3)
+    return (made + coarse[0]).clamp(0, 1)

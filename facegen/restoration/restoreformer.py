@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from facegen import checkpoints
-from facegen.restoration.vqgan import Codebook, Double, Halve, Residual, attend, norm, swish
+from facegen.restoration.vqgan import Codebook, Double, Halve, Residual, norm, swish
 
 PARTS = ("encoder", "decoder", "quantize", "quant_conv", "post_quant_conv")
 MARKS = ("encoder.mid.attn_1.norm2.weight", "decoder.mid.attn_1.norm2.weight", "quantize.embedding.weight")
@@ -73,7 +73,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, query: Tensor | None = None) -> Tensor:  # all (B, C, h, w)
         state = self.norm1(x)
         asked = state if query is None else self.norm2(query)
-        found = attend(self.q(asked), self.k(state), self.v(state), self.heads)
+        found = _attend(self.q(asked), self.k(state), self.v(state), self.heads)
         out: Tensor = x + self.proj_out(found)
         return out
 
@@ -210,3 +210,11 @@ class RestoreFormer(nn.Module):
         codes = self.quantize.nearest(self.quant_conv(latent))
         image: Tensor = self.decoder(self.post_quant_conv(codes), queries, middle)
         return image
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
+    """Attention between the places of maps (B, C, h, w), the channels shared out among the heads."""
+    b, c, h, w = query.shape
+    q, k, v = (x.reshape(b, heads, c // heads, h * w) for x in (query, key, value))  # (B, heads, C/heads, h·w)
+    weights = ((q * (c // heads) ** -0.5).transpose(2, 3) @ k).softmax(-1)  # (B, heads, h·w, h·w)
+    return torch.matmul(v, weights.transpose(2, 3)).reshape(b, c, h, w)

@@ -84,11 +84,3 @@ class Codebook(nn.Module):
         """Indices (B, h, w) to their codes (B, D, h, w)."""
         codes: Tensor = self.embedding(indices)
         return codes.permute(0, 3, 1, 2).contiguous()
-
-
-def attend(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
-    """Attention between the places of maps (B, C, h, w), the channels shared out among the heads."""
-    b, c, h, w = query.shape
-    q, k, v = (x.reshape(b, heads, c // heads, h * w) for x in (query, key, value))  # (B, heads, C/heads, h·w)
-    weights = ((q * (c // heads) ** -0.5).transpose(2, 3) @ k).softmax(-1)  # (B, heads, h·w, h·w)
-    return torch.matmul(v, weights.transpose(2, 3)).reshape(b, c, h, w)
