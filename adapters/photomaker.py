@@ -112,8 +112,11 @@ class PhotoMaker(Adapter):
         return {**found, "variant": "v2", "tokens": tokens, "embedding": embedding}
 
     @classmethod
-    def from_pretrained(cls, source: str | Path, model: Model) -> PhotoMaker:
-        """From `photomaker-v1.bin` or `photomaker-v2.bin` (or .safetensors), or a folder with one of them."""
+    def from_pretrained(cls, source: str | Path, model: Model, *, heads: int | None = None) -> PhotoMaker:
+        """From `photomaker-v1.bin` or `photomaker-v2.bin` (or .safetensors), or a folder with one of them.
+
+        heads: of the image encoder, which no file tells; None for as many as are 64 wide, as in the published ones.
+        """
         file = cls.choose(source, model)
         tensors = checkpoints.read(file)
         parts = {key: value for key, value in section(tensors, ENCODER).items() if not key.endswith("position_ids")}
@@ -125,7 +128,7 @@ class PhotoMaker(Adapter):
         if not lora:
             raise CheckpointBroken(f"{file} lacks {LORA}; fetch the file again.")
         try:
-            encoder = StackedID.from_shapes({key: tuple(value.shape) for key, value in parts.items()})
+            encoder = StackedID.from_shapes({key: tuple(value.shape) for key, value in parts.items()}, heads)
         except KeyError as missing:
             raise CheckpointBroken(f"{file} lacks {ENCODER}.{missing.args[0]}; fetch the file again.") from missing
         checkpoints.load_into(encoder, parts, path=file, prefix=f"{ENCODER}.")

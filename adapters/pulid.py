@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -271,6 +271,16 @@ class PuLID(Adapter):
         why = "PuLID looks at the photos; give them, not embeddings alone."
         photos = [seen([face], why) for face in faces]
         return replace(request, clip=torch.cat([grey_face(one, self.parser, self.eva.sizes.image) for one in photos]))
+
+
+def start(scheduler: Any, noise: Tensor) -> Tensor:
+    """Latents (B, 4, h, w) to begin with as v1.1 was published, from unit-variance noise.
+
+    Its loop is facegen's scheduler "dpm++ karras", but the noise at the first level σ is σ/√(σ² + 1) of what diffusers
+    begins with: 0.2 % less for SDXL.
+    """
+    first = float(scheduler.sigmas[0])
+    return noise * (first / (first * first + 1) ** 0.5)
 
 
 def grey_face(face: SeenFace, parser: Parser, size: int) -> Tensor:

@@ -202,10 +202,10 @@ def load_clip_from(place: Path) -> CLIPVisionModelWithProjection:
     return cast("CLIPVisionModelWithProjection", encoder)
 
 
-def vision_config(shapes: Shapes, *, head_width: int = HEAD_WIDTH) -> CLIPVisionConfig:
+def vision_config(shapes: Shapes, heads: int | None = None) -> CLIPVisionConfig:
     """The configuration of an OpenAI CLIP encoder inside a file, from its shapes without the prefix `vision_model.`.
 
-    The width of a head is not written there. Raises KeyError for a key that is missing.
+    heads: their number is not written there; None for heads of 64. Raises KeyError for a key that is missing.
     """
     from transformers import CLIPVisionConfig
 
@@ -216,7 +216,7 @@ def vision_config(shapes: Shapes, *, head_width: int = HEAD_WIDTH) -> CLIPVision
         hidden_size=hidden,
         intermediate_size=shapes["encoder.layers.0.mlp.fc1.weight"][0],
         num_hidden_layers=layers,
-        num_attention_heads=max(hidden // head_width, 1),
+        num_attention_heads=heads or max(hidden // HEAD_WIDTH, 1),
         image_size=round(patches**0.5) * patch,
         patch_size=patch,
     )

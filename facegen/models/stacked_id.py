@@ -91,12 +91,12 @@ class StackedID(nn.Module):
         self.qformer_perceiver = reader
 
     @classmethod
-    def from_shapes(cls, shapes: Shapes) -> StackedID:
-        """Raises KeyError for a key that is missing."""
+    def from_shapes(cls, shapes: Shapes, heads: int | None = None) -> StackedID:
+        """heads: of the image encoder; None for heads of 64. Raises KeyError for a key that is missing."""
         widths = shapes["visual_projection.weight"][0], shapes["visual_projection_2.weight"][0]
         parts = section(shapes, "qformer_perceiver")
         reader = FaceReader.from_shapes(parts) if parts else None
-        return cls(vision_config(section(shapes, "vision_model")), widths, reader)
+        return cls(vision_config(section(shapes, "vision_model"), heads), widths, reader)
 
     @property
     def width(self) -> int:
