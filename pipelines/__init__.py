@@ -9,6 +9,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from facegen.pipelines.generate import GeneratePipeline as GeneratePipeline
     from facegen.pipelines.generate import GenerateRequest as GenerateRequest
+    from facegen.pipelines.inpaint import InpaintPipeline as InpaintPipeline
+    from facegen.pipelines.inpaint import InpaintRequest as InpaintRequest
+    from facegen.pipelines.swap import SwapPipeline as SwapPipeline
+    from facegen.pipelines.swap import SwapRequest as SwapRequest
+    from facegen.request import Person as Person
 
 
 def _homes() -> dict[str, str]:
@@ -19,6 +24,10 @@ def _homes() -> dict[str, str]:
 
 
 def __getattr__(name: str) -> Any:
+    if name == "Person":
+        from facegen.request import Person
+
+        return Person
     home = _homes().get(name)
     if home is None:
         raise AttributeError(f"facegen.pipelines has no {name}; there are: {', '.join(_homes())}")

@@ -1,16 +1,27 @@
-"""Pictures of a person, made from their photos and a prompt."""
+"""Pictures of a person, or of several, made from their photos and a prompt."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
+from facegen.errors import WrongMask, WrongRequest
 from facegen.pipeline import Painted, PersonRequest, Pipeline, Watch
-from facegen.request import integer
+from facegen.request import Person as Asked
+from facegen.request import Photo, choice, integer, number, people, photo, strengths, switch
 
 if TYPE_CHECKING:
-    from facegen.conditions import Condition
+    import torch
+    from torch import Tensor
+
+    from facegen.conditions import Condition, TextCondition
+    from facegen.face.paste import Box
+    from facegen.pipeline import Person
+
+AUTO, WINDOWS, MASKS, NONE = "auto", "windows", "masks", "none"
+SPACING = 0.75  # of the model's own side: how far apart people stand where the picture's size is left open
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +30,26 @@ class GenerateRequest(PersonRequest):
 
     task: ClassVar[str] = "Make pictures of a person from their photos and a prompt."
 
+    sliders: Mapping[str, float] = strengths(
+        {}, "Changes by degrees, such as smile=0.6 age=-1, or two prompts of your own: 'more|less'=1.", low=-5, high=5
+    )
+    people: tuple[Asked, ...] = people(
+        "Several people instead of faces: the photos of each and, if you like, the part of the picture they are in."
+    )
+    isolation: str = choice(
+        AUTO, "How several people are kept apart: masks in the attention, windows of the model's own size, or none.",
+        (AUTO, MASKS, WINDOWS, NONE), advanced=True,
+    )  # fmt: skip
+    character: Photo = photo(
+        "A picture whose character, with hair and clothes, is kept: it is looked at while painting.", advanced=True
+    )
+    character_strength: float = number(
+        1.0, "How much that picture weighs against the one that is made.", low=0, high=5, slider=(0, 2, 0.1),
+        advanced=True,
+    )  # fmt: skip
+    repair: bool = switch(
+        False, "Where the person has overruled the prompt (hair, glasses, hat …), let the base model paint that part."
+    )
     height: int | None = integer(
         None,
         "Height in pixels; the model's own by default.",
@@ -32,6 +63,27 @@ class GenerateRequest(PersonRequest):
         None, "Width in pixels; the model's own by default.", low=8, high=4096, multiple=8, optional=True, advanced=True
     )
 
+    def check(self) -> None:
+        if self.people and self.faces:
+            raise WrongRequest("faces are the photos of one person and people are several; give one of the two.")
+        for name, strength in self.sliders.items():
+            if not isinstance(strength, (int, float)):
+                raise WrongRequest(f"The slider '{name}' takes one number, not a curve.")
+
+
+@dataclass(frozen=True, eq=False)
+class _Cast:
+    """Who is in the pictures, where, and the conditions that bring them there; `windows` is empty without windows."""
+
+    everyone: tuple[Person, ...]
+    homes: tuple[Box | None, ...] = ()
+    conditions: tuple[Condition, ...] = ()
+    windows: tuple[Any, ...] = ()
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(warning for one in self.everyone for warning in one.warnings))
+
 
 class GeneratePipeline(Pipeline[GenerateRequest]):
     """``pipe(faces=["me.jpg"], prompt="portrait, red hair", seed=7)``"""
@@ -41,39 +93,307 @@ class GeneratePipeline(Pipeline[GenerateRequest]):
     def paint(
         self, request: GenerateRequest, conditions: Sequence[Condition], watch: Watch, indices: Sequence[int] | None
     ) -> Iterator[Painted]:
+        from facegen.models.windows import Windows
+
+        assert request.seed is not None
+        size = self.size(request)
+        who = self._cast(request, size)
+        loras = self.worn_loras(request.loras)
+        prompt = self.model.encode_text([request.prompt], request.negative_prompt or None, loras=loras)
+        # An adapter that writes the prompt itself comes after the plain prompt, and the last one counts.
+        everything = [prompt, *who.conditions, *loras, *conditions]
+        everything += self._slid(request, everything)
+        model: Any = self.host(request.adapters)
+        model = Windows(model, who.windows) if who.windows else model
+        batches = list(self.batches(request.num_images_per_prompt, request.batch_size, indices))
+        total, done = sum(map(len, batches)), 0
+        for batch in batches:
+            latents = self._run(model, request, size, everything, batch, self.on_step(watch, done, len(batch), total))
+            pixels, measures = self.model.decode(latents), tuple[Mapping[str, float], ...]()
+            if request.repair and who.everyone and not request.people:
+                pixels, measures = self._repaired(request, who, everything, batch, pixels)
+            done += len(batch)
+            yield Painted(
+                indices=batch,
+                pixels=pixels,
+                references=who.everyone[0].references if len(who.everyone) == 1 else (),
+                prompt=request.prompt,
+                warnings=who.warnings,
+                people=tuple(one.references for one in who.everyone) if request.people else (),
+                homes=who.homes,
+                measures=measures,
+            )
+
+    def _run(
+        self,
+        model: Any,
+        request: GenerateRequest,
+        size: tuple[int, int],
+        conditions: Sequence[Condition],
+        batch: tuple[int, ...],
+        on_step: Any = None,
+    ) -> Tensor:
+        """Latents (B, 4, h, w) of the pictures at these places."""
         from facegen import schedulers
         from facegen.denoise import Guidance, denoise, noise
 
         assert request.seed is not None
-        size = self.size(request)
-        person = self.person(request.faces, request.select, request.adapters)
-        loras = self.worn_loras(request.loras)
-        prompt = self.model.encode_text([request.prompt], request.negative_prompt or None, loras=loras)
-        # An adapter that writes the prompt itself comes after the plain prompt, and the last one counts.
-        everything = [prompt, *self.identity(person, request, size), *loras, *conditions]
-        model = self.host(request.adapters)
-        batches = list(self.batches(request.num_images_per_prompt, request.batch_size, indices))
-        total, done = sum(map(len, batches)), 0
-        for batch in batches:
-            generators = self.generators(request.seed, batch)
-            scheduler = schedulers.build(
-                request.scheduler, self.model.scheduler_config, request.num_inference_steps, device=self.model.device
-            )
-            start = noise(self.model.latent_shape(*size), generators, device=self.model.device, dtype=self.model.dtype)
-            latents = denoise(
-                model,
-                schedulers.start(scheduler, start),
-                scheduler,
-                everything,
-                Guidance(request.guidance_scale),
-                generators,
-                self.on_step(watch, done, len(batch), total),
-            )
-            done += len(batch)
-            yield Painted(
-                indices=batch,
-                pixels=self.model.decode(latents),
-                references=() if person is None else person.references,
-                prompt=request.prompt,
-                warnings=() if person is None else person.warnings,
-            )
+        generators = self.generators(request.seed, batch)
+        scheduler = schedulers.build(
+            request.scheduler, self.model.scheduler_config, request.num_inference_steps, device=self.model.device
+        )
+        start = noise(self.model.latent_shape(*size), generators, device=self.model.device, dtype=self.model.dtype)
+        looks = self._character(request, size, conditions, start)
+        return denoise(
+            model,
+            schedulers.start(scheduler, start),
+            scheduler,
+            [*conditions, *looks],
+            Guidance(request.guidance_scale),
+            generators,
+            on_step,
+        )
+
+    # who
+
+    def size(self, request: Any) -> tuple[int, int]:
+        """As ever; several people stand side by side where the width is left open."""
+        if not request.people or request.width is not None or request.isolation in (MASKS, NONE):
+            return super().size(request)
+        tall, wide = self.model.default_size
+        grid = self.model.vae_factor * 2 ** (len(self.model.unet.config["block_out_channels"]) - 1)
+        across = math.ceil(wide * (1 + SPACING * (len(request.people) - 1)) / grid) * grid
+        return super().size(replace(request, width=max(across, wide), height=request.height or tall))
+
+    def _resolved_adapters(self, request: GenerateRequest) -> tuple[str, ...]:
+        if not request.people:
+            return super()._resolved_adapters(request)
+        names = super()._resolved_adapters(replace(request, people=(), faces=request.people[0].photos))
+        for name in names:
+            if self.loaded.adapters[name].adapter.writes_prompt and len(request.people) > 1:
+                raise WrongRequest(f"{name} writes the prompt, so it brings in one person only; use another adapter.")
+        return names
+
+    def _cast(self, request: GenerateRequest, size: tuple[int, int]) -> _Cast:
+        if not request.people:
+            person = self.person(request.faces, request.select, request.adapters)
+            return _Cast(() if person is None else (person,), conditions=tuple(self.identity(person, request, size)))
+        everyone = tuple(
+            cast("Person", self.person(one.photos, request.select, request.adapters)) for one in request.people
+        )
+        masks = [_mask(request.people, place, size, self.photo) for place in range(len(request.people))]
+        homes = tuple(_home(mask) for mask in masks)
+        own = self.model.default_size
+        if request.isolation == WINDOWS or (request.isolation == AUTO and (size[0] > own[0] or size[1] > own[1])):
+            return self._in_windows(request, size, everyone, homes)
+        conditions: list[Condition] = []
+        for asked, person, mask, home in zip(request.people, everyone, masks, homes, strict=True):
+            place = _placed(asked, person, home)
+            if request.isolation != NONE:
+                place["mask"] = mask
+            conditions += self.identity(person, request, size, **place)
+        return _Cast(everyone, homes, tuple(conditions))
+
+    def _in_windows(
+        self, request: GenerateRequest, size: tuple[int, int], everyone: tuple[Person, ...], homes: tuple[Box, ...]
+    ) -> _Cast:
+        from facegen.models.windows import Window, spread
+
+        factor, own = self.model.vae_factor, self.model.default_size
+        middles = [((box[0] + box[2]) / 2 / factor, (box[1] + box[3]) / 2 / factor) for box in homes]
+        side = (own[0] // factor, own[1] // factor)
+        boxes = spread(size[0] // factor, size[1] // factor, side, middles)
+        windows = []
+        for place, box in enumerate(boxes):
+            conditions: list[Condition] = []
+            if place < len(everyone):
+                small = ((box[3] - box[1]) * factor, (box[2] - box[0]) * factor)
+                where = _placed(request.people[place], everyone[place], (0, 0, small[1], small[0]))
+                conditions = self.identity(everyone[place], request, small, **where)
+            windows.append(Window(box, tuple(conditions)))
+        return _Cast(everyone, homes, windows=tuple(windows))
+
+    # what else steers
+
+    def _slid(self, request: GenerateRequest, conditions: Sequence[Condition]) -> list[TextCondition]:
+        """The last prompt of the run, moved by the sliders."""
+        from facegen.conditions import TextCondition
+        from facegen.models.sliders import moved
+
+        last = [one for one in conditions if isinstance(one, TextCondition)][-1]
+        return moved(self.model, last, request.sliders)
+
+    def _character(
+        self, request: GenerateRequest, size: tuple[int, int], conditions: Sequence[Condition], start: Tensor
+    ) -> list[Condition]:
+        """What lets the run look at another picture of the character."""
+        if request.character is None or request.character_strength == 0:
+            return []
+        from PIL import ImageOps
+
+        from facegen.images import to_tensor
+
+        seen = ImageOps.fit(self.photo(request.character), (size[1], size[0]))
+        latents = self.model.encode_image(to_tensor(seen)[None])
+        return self._look(request, latents, conditions, start, request.character_strength)
+
+    def _look(
+        self,
+        request: GenerateRequest,
+        latents: Tensor,
+        conditions: Sequence[Condition],
+        start: Tensor,
+        scale: float,
+        mask: Tensor | None = None,
+    ) -> list[Condition]:
+        from facegen import schedulers
+        from facegen.conditions import TextCondition
+        from facegen.models.references import look_at
+
+        text = next(one for one in conditions if isinstance(one, TextCondition))
+        scheduler = schedulers.build(
+            request.scheduler, self.model.scheduler_config, request.num_inference_steps, device=self.model.device
+        )
+        return [*look_at(self.model, latents, text, scheduler, start[:1], scale=scale, mask=mask)]
+
+    # repair
+
+    def _repaired(
+        self,
+        request: GenerateRequest,
+        who: _Cast,
+        conditions: Sequence[Condition],
+        batch: tuple[int, ...],
+        pixels: torch.Tensor,
+    ) -> tuple[torch.Tensor, tuple[Mapping[str, float], ...]]:
+        """The pictures (B, 3, H, W), each with what it lacks borrowed from the base model, and what that changed."""
+        import torch
+
+        made, told = [], []
+        for place, one in zip(batch, pixels, strict=True):
+            picture, measures = self._mended(request, who, conditions, place, one)
+            made.append(picture)
+            told.append(measures)
+        return torch.stack(made), tuple(told)
+
+    def _mended(
+        self,
+        request: GenerateRequest,
+        who: _Cast,
+        conditions: Sequence[Condition],
+        place: int,
+        pixels: torch.Tensor,
+    ) -> tuple[torch.Tensor, Mapping[str, float]]:
+        """One picture (3, H, W) repaired, if the judges find that it became better and stayed the same person."""
+        from facegen import repair
+        from facegen.images import to_pil
+
+        assert request.seed is not None
+        judges = self.judges(request.adapters)
+        if judges.prompt is None:
+            return pixels, {}
+        before = to_pil(pixels)
+        obedience = judges.prompt.obedience(request.prompt, before)
+        parts = repair.parts_of(repair.missed(request.prompt, obedience))
+        if not parts:
+            return pixels, {}
+        size, (prompt, *rest) = (pixels.shape[-2], pixels.shape[-1]), conditions
+        plain = [one for one in rest if one not in who.conditions]
+        # The base model's own answer, from the same noise, knows where the thing asked for would be.
+        answer = self._run(self.model, replace(request, character=None), size, [prompt, *plain], (place,))
+        shown = [(one, self.faces_in(one)) for one in (before, to_pil(self.model.decode(answer)[0]))]
+        mask = repair.region(self.parser, parts, shown)
+        if not bool(mask.any()):
+            return pixels, {}
+        inside = set(parts) <= repair.INSIDE
+        person = list(who.conditions) if inside else repair.without(who.conditions, mask)
+        mended = self._borrowed(request, [prompt, *person, *plain], (pixels, answer, mask), place)
+        after = to_pil(mended)
+        now = judges.prompt.obedience(request.prompt, after)
+        likeness = [self._likeness(request, who, one) for one in (before, after)]
+        lost = max(0.0, likeness[0] - likeness[1])
+        better = len(now.hit) > len(obedience.hit) and lost <= 0.1
+        measures = {
+            "prompt before repair": float(len(obedience.hit)),
+            "prompt after repair": float(len(now.hit)),
+            "likeness lost by repair": round(lost, 4),
+            "repaired": float(better),
+        }
+        return (mended if better else pixels), measures
+
+    def _borrowed(
+        self,
+        request: GenerateRequest,
+        conditions: Sequence[Condition],
+        painted: tuple[torch.Tensor, Tensor, Tensor],
+        place: int,
+    ) -> torch.Tensor:
+        """painted: the picture (3, H, W), the base's latents (1, 4, h, w), the part (1, H, W) → the picture with the
+        part painted anew, where it may look at the base's answer.
+        """
+        from facegen.denoise import Guidance, noise
+        from facegen.face.paste import blend, feather
+        from facegen.images import to_pil, to_tensor
+        from facegen.patch import Run, repaint
+
+        assert request.seed is not None
+        pixels, answer, mask = painted
+        shape = self.model.latent_shape(pixels.shape[-2], pixels.shape[-1])
+        start = noise(shape, self.generators(request.seed, (place,)), device=self.model.device, dtype=self.model.dtype)
+        looks = self._look(request, answer, conditions, start, 1.0, mask)
+        run = Run(request.scheduler, request.num_inference_steps, Guidance(request.guidance_scale))
+        generators = self.generators(request.seed, (place,))
+        made = repaint(self.model, pixels.float().cpu(), mask, [*conditions, *looks], run, generators)[0]
+        soft = feather(mask, 0.015 * max(pixels.shape[-2:]))
+        return to_tensor(blend(to_pil(pixels), made.cpu(), soft)).to(pixels)
+
+    def _likeness(self, request: GenerateRequest, who: _Cast, picture: Any) -> float:
+        """Cosine to the person by the judge; 0 where it cannot be told."""
+        judges = self.judges(request.adapters)
+        faces = self.faces_in(picture)
+        if judges.likeness is None or not faces:
+            return 0.0
+        return judges.likeness.cosine(max(faces, key=lambda face: face.area), who.everyone[0].references)
+
+
+def _mask(everyone: Sequence[Asked], place: int, size: tuple[int, int], read: Any) -> Tensor:
+    """The part (1, H, W) of a picture of this size (height, width) that is meant for a person."""
+    import torch
+    import torch.nn.functional as F
+
+    from facegen.images import to_tensor
+
+    one, (height, width) = everyone[place], size
+    if one.mask is not None:
+        drawn = to_tensor(read(one.mask)).mean(0, keepdim=True)
+        mask = (F.interpolate(drawn[None], (height, width))[0] > 0.5).float()
+        if not bool(mask.any()):
+            raise WrongMask(f"The mask of person {place + 1} is empty; mark their part of the picture in white.")
+        return mask
+    x0, y0, x1, y1 = one.box or (place / len(everyone), 0.0, (place + 1) / len(everyone), 1.0)
+    mask = torch.zeros(1, height, width)
+    mask[:, round(y0 * height) : round(y1 * height), round(x0 * width) : round(x1 * width)] = 1
+    return mask
+
+
+def _home(mask: Tensor) -> Box:
+    from facegen.face.paste import mask_box
+
+    return mask_box(mask)
+
+
+def _placed(asked: Asked, person: Person, home: Box) -> dict[str, Any]:
+    """Where in the picture a person's points go: as a portrait in their part of it; and how strongly they act."""
+    import numpy as np
+
+    from facegen.face.align import ARCFACE_POINTS, similarity
+
+    points = person.references[0].points
+    side = 0.55 * min(home[2] - home[0], home[3] - home[1])
+    middle = np.array([(home[0] + home[2]) / 2, home[1] + 0.47 * (home[3] - home[1])])
+    target = (ARCFACE_POINTS - 56) * (side / 112) + middle
+    matrix = similarity(points, target)
+    place: dict[str, Any] = {"points": (points @ matrix[:, :2].T + matrix[:, 2]).astype(np.float32)}
+    if asked.strength is not None:
+        place["scale"] = asked.strength
+    return place

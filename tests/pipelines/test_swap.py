@@ -1,0 +1,150 @@
+"""Swap: the source's face in the target photo; around the face every byte stays; guidance goes where it should."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from facegen import metadata, patch
+from facegen.cli import main
+from facegen.denoise import Guidance
+from facegen.errors import FacegenError, NoFaceFound, SeveralFaces, WrongRequest
+from facegen.face.align import ARCFACE_POINTS
+from facegen.face.embed import ArcFace
+from facegen.face.parse import FaceParser
+from facegen.models.base import Model
+from facegen.pipeline import Loaded, rebuild
+from facegen.pipelines.swap import SwapPipeline
+from facegen.steering import likeness_guidance, parsing_guidance, unit_gradient
+
+QUICK: dict[str, Any] = {"num_inference_steps": 4, "guidance_scale": 3.0, "seed": 1, "prompt": "a face"}
+Drawn = Callable[[int], Image.Image]
+
+
+@pytest.fixture
+def swap(loaded: Loaded, mini: Path) -> SwapPipeline:
+    """A pipeline without adapters."""
+    return SwapPipeline(Loaded(loaded.model, loaded.loading, loaded.sha256, analyzers=loaded.analyzers))
+
+
+def changed(before: Image.Image, after: Image.Image) -> np.ndarray:
+    return (np.asarray(before) != np.asarray(after)).any(-1)
+
+
+def test_only_the_face_changes(swap: SwapPipeline, tiny: Path, drawn: Drawn) -> None:
+    target = drawn(2)
+    free = swap(source=drawn(1), target=target, **QUICK)
+    other = swap(source=drawn(3), target=target, **QUICK)
+    assert free.request.adapters == ()
+    differ = changed(target, free.images[0])
+    assert differ.any()
+    assert free.reports[0].measures["pixels changed outside"] == 0
+    assert free.reports[0].measures["share painted"] >= differ.mean()
+    assert "points moved, in eye distances" in free.reports[0].measures
+    assert changed(free.images[0], other.images[0]).any(), "guidance alone tells one source from another"
+    swap.load_adapter(tiny / "adapters" / "instantid")
+    worn = swap(source=drawn(1), target=target, method="adapters", **QUICK)
+    both = swap(source=drawn(1), faces=[drawn(1)], target=target, **QUICK)
+    assert worn.request.adapters == both.request.adapters == ("instantid",)
+    assert worn.reports[0].measures["pixels changed outside"] == 0
+    assert changed(worn.images[0], both.images[0]).any()
+
+
+def test_no_change_is_the_target_bit_for_bit(swap: SwapPipeline, drawn: Drawn) -> None:
+    out = swap(source=drawn(1), target=drawn(2), change=0.0, **QUICK)
+    assert not changed(drawn(2), out.images[0]).any()
+    still = swap(source=drawn(1), target=drawn(2), likeness=0.0, layout=0.0, **QUICK)
+    moved = swap(source=drawn(3), target=drawn(2), likeness=0.0, layout=0.0, **QUICK)
+    assert not changed(still.images[0], moved.images[0]).any(), "without guidance or adapters nobody is brought in"
+
+
+def test_what_stands_before_the_face_stays(swap: SwapPipeline) -> None:
+    from facegen import examples
+    from facegen.face.types import Detection
+    from facegen.images import to_pil
+    from facegen.world.render import PARSING, render
+
+    drawn = render(examples.scene("example:4").with_values(glasses=3), 256)
+    face: Any = Detection(drawn.box[0].numpy(), 1.0, drawn.landmarks5[0].numpy())
+    mask = swap._face_mask(to_pil(drawn.rgb), face) > 0
+    frame, skin = (drawn.parsing == PARSING.index(name) for name in ("eye_g", "skin"))
+    assert float((mask & frame).sum() / frame.sum()) < 0.35
+    assert float((mask & skin).sum() / skin.sum()) > 0.6
+
+
+def test_the_call_is_read_back(tiny: Path, tiny_pack: Path, me: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.png"
+    flags = ["--model", str(tiny / "base"), "--pack", str(tiny_pack), "--device", "cpu", "--steps", "2", "--seed", "3"]
+    assert main(["swap", str(me), str(me), *flags, "--method", "guidance", "-o", str(out), "--quiet"]) == 0
+    record = metadata.read(out)
+    _, request = rebuild(record)
+    assert (request.source, request.target, request.method) == (str(me), str(me), "guidance")
+
+
+@pytest.mark.parametrize(
+    ("fields", "kind", "says"),
+    [
+        ({"source": 1}, WrongRequest, "as target"),
+        ({"target": 1}, WrongRequest, "as source"),
+        ({"source": 1, "target": 0}, NoFaceFound, "the target photo"),
+        ({"source": 0, "target": 1}, NoFaceFound, "No face was found"),
+    ],
+)
+def test_wrong_input_is_one_sentence(
+    swap: SwapPipeline, drawn: Drawn, fields: dict[str, Any], kind: type[FacegenError], says: str
+) -> None:
+    blank = Image.new("RGB", (160, 160), (90, 90, 90))
+    given = {name: drawn(seed) if seed else blank for name, seed in fields.items()}
+    with pytest.raises(kind, match=says) as caught:
+        swap(**{**QUICK, **given})
+    assert str(caught.value).endswith(".")
+
+
+def test_two_faces_in_the_target(swap: SwapPipeline, drawn: Drawn, monkeypatch: pytest.MonkeyPatch) -> None:
+    face = swap.faces_in(drawn(2))
+    monkeypatch.setattr(swap, "faces_in", lambda photo, pack=None: face * 2)
+    with pytest.raises(SeveralFaces, match="2 faces were found in the target photo"):
+        swap(source=drawn(1), target=drawn(2), **QUICK)
+
+
+def test_a_unit_gradient_says_only_where_to_go() -> None:
+    x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    (unit_gradient(x) * torch.tensor([3.0, 5000.0]).view(2, 1, 1, 1)).sum().backward()
+    assert x.grad is not None
+    assert torch.allclose(x.grad, torch.ones_like(x))
+
+
+@pytest.mark.parametrize("base", ["tiny_sd15", "tiny_sdxl"])
+def test_guided_it_ends_nearer(base: str, tiny_pack: Path, mini: Path, request: pytest.FixtureRequest) -> None:
+    """From the same noise: more like the person, and more like the layout, than without guidance."""
+    model = Model.from_pretrained(request.getfixturevalue(base), device="cpu", dtype=torch.float32)
+    generator = torch.Generator().manual_seed(5)
+    picture, hole = torch.rand(3, 64, 64, generator=generator), torch.zeros(1, 64, 64)
+    hole[:, 8:56, 8:56] = 1
+    points = torch.from_numpy(ARCFACE_POINTS) * (64 / 112)
+    recogniser, parser = ArcFace.from_pretrained(tiny_pack), FaceParser.from_pretrained(mini)
+    wanted = recogniser.embed(torch.rand(1, 3, 64, 64, generator=generator), points[None])[0]
+    text = model.encode_text(["a face"])
+    likeness = likeness_guidance(model, recogniser, wanted, points, scale=0.5)
+    layout = parsing_guidance(model, parser, picture, hole, scale=0.5)
+
+    def painted(*extra: Any) -> torch.Tensor:
+        run = patch.Run(steps=4, guidance=Guidance(1.0))
+        return patch.repaint(model, picture, hole, [text, *extra], run, [torch.Generator().manual_seed(1)])
+
+    def judged(made: torch.Tensor) -> tuple[float, float]:
+        """Cosine to the person; cross-entropy to the layout."""
+        with torch.no_grad():
+            cosine = torch.cosine_similarity(recogniser.embed(made, points[None]), wanted[None])
+            true, seen = parser.chances(picture[None]), parser.chances(made)
+        return float(cosine), float(-(true * seen.clamp(min=1e-6).log()).sum(1)[hole > 0].mean())
+
+    plain, to_person, to_layout = (judged(painted(*extra)) for extra in ((), (likeness,), (layout,)))
+    assert to_person[0] > plain[0]
+    assert to_layout[1] < plain[1]
