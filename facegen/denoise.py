@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from facegen.conditions import Condition, GuidanceCondition
 from facegen.errors import WrongRequest
 from facegen.models.base import Model
+from facegen.models.shortcut import Shortcut
 from facegen.schedulers import from_clean, levels, to_clean, walk
 
 
@@ -73,7 +75,7 @@ def denoise(
     latents: where to start, at the scheduler's first level (`facegen.schedulers.start`); scheduler: fresh, with its
     timesteps set (`facegen.schedulers.build`); generator: for schedulers that draw noise; with one per picture, a
     picture does not depend on its batch. on_step is called after each step and may raise Cancelled (or anything): the
-    model is left as it was.
+    model is left as it was. `model.economy` says what may be left out.
     """
     guidance = guidance or Guidance()
     timesteps = walk(scheduler)
@@ -84,30 +86,37 @@ def denoise(
         raise WrongRequest(f"There are {batch} pictures but {len(drawing)} generators.")
     extra = {"generator": drawing} if _draws(scheduler) else {}
     latents = latents.to(model.device)
-    with (
-        model.busy,
-        torch.no_grad(),
-        model.memory.using(model.unet),
-        model.prepare(conditions, batch, guidance.on) as prepared,
-    ):
-        for index, timestep in enumerate(timesteps):
-            now = prepared.active(index, total)
-            noisy = torch.cat([latents] * 2) if guidance.on else latents
-            output = model.predict(scheduler.scale_model_input(noisy, timestep), timestep, now)
-            if guidance.on:
-                output = guidance(*output.chunk(2))
-            losses = now.of(GuidanceCondition)
-            clean = None
-            if losses or on_step is not None:
-                level = levels(scheduler, index, timestep)
-                clean = to_clean(scheduler, output, latents, level)
-                if losses:
-                    clean = steer(clean, timestep, losses)
-                    output = from_clean(scheduler, clean, latents, level)
-            latents = scheduler.step(output, timestep, latents, return_dict=False, **extra)[0]
-            latents = now.blend(latents, scheduler, timesteps)
-            if on_step is not None and clean is not None:
-                on_step(Step(index, total, timestep, latents, clean))
+    economy = model.economy
+    conditions = economy.shorten(conditions)
+    shortcut = Shortcut(model) if economy.reuse > 1 else None
+    guided = [guidance.on and economy.guides(index, total) for index in range(total)]
+    with model.busy, torch.no_grad(), model.memory.using(model.unet):
+        # Nearly always one stretch: the rows of a call change only where guidance is confined to a part of the run.
+        for both, stretch in groupby(range(total), guided.__getitem__):
+            with model.prepare(conditions, batch, both) as prepared:
+                for index in stretch:
+                    timestep = timesteps[index]
+                    now = prepared.active(index, total)
+                    noisy = torch.cat([latents] * 2) if both else latents
+                    scaled = scheduler.scale_model_input(noisy, timestep)
+                    if shortcut is None:
+                        output = model.predict(scaled, timestep, now)
+                    else:
+                        output = shortcut.predict(scaled, timestep, now, whole=economy.is_whole(index, total))
+                    if both:
+                        output = guidance(*output.chunk(2))
+                    losses = now.of(GuidanceCondition)
+                    clean = None
+                    if losses or on_step is not None:
+                        level = levels(scheduler, index, timestep)
+                        clean = to_clean(scheduler, output, latents, level)
+                        if losses:
+                            clean = steer(clean, timestep, losses)
+                            output = from_clean(scheduler, clean, latents, level)
+                    latents = scheduler.step(output, timestep, latents, return_dict=False, **extra)[0]
+                    latents = now.blend(latents, scheduler, timesteps)
+                    if on_step is not None and clean is not None:
+                        on_step(Step(index, total, timestep, latents, clean))
     return latents
 
 

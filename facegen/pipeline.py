@@ -86,6 +86,15 @@ class Loading(Request):
         "none", "What leaves the GPU while it is not needed.", ("none", "model", "sequential"), advanced=True
     )
     tiling: bool = switch(False, "Decode large pictures in tiles.", advanced=True)
+    speed: str = choice(
+        "exact", "What a run leaves out: nothing; guidance, control and depth where they matter least; or more of it.",
+        ("exact", "fast", "fastest"), advanced=True,
+    )  # fmt: skip
+    packed: bool = switch(
+        False,
+        "On a CPU: lay the weights out for its matrix units; faster, equal up to float32 rounding.",
+        advanced=True,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -299,7 +308,9 @@ class Pipeline(ABC, Generic[R]):
         """Load what a :class:`Loading` describes."""
         import torch
 
+        from facegen.economy import preset
         from facegen.models.base import Model, locate
+        from facegen.models.packed import pack
 
         model = Model.from_pretrained(
             loading.model,
@@ -308,6 +319,9 @@ class Pipeline(ABC, Generic[R]):
             offload=cast(Any, loading.offload),
             tiling=loading.tiling,
         )
+        model.economy = preset(loading.speed)
+        if loading.packed:
+            pack(model.unet, model.vae, *model.text_encoders().values())
         return cls(Loaded(model, loading, _weights_checksum(locate(loading.model)), _licence(loading.model)))
 
     @classmethod
@@ -333,6 +347,10 @@ class Pipeline(ABC, Generic[R]):
         from facegen import adapter as contract
 
         adapter, path = contract.load(source, self.model)
+        if self.loaded.loading.packed:
+            from facegen.models import packed
+
+            packed.pack(adapter.modules(), adapter.host(self.model).unet)
         called = name or adapter.name
         if called in self.loaded.adapters and self.loaded.adapters[called].source != str(source):
             raise WrongRequest(f"An adapter called '{called}' is loaded already; give this one another name.")

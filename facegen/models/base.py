@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from facegen.attention.backends import Backend, sdpa
 from facegen.attention.processor import AttentionContext, install
 from facegen.conditions import Condition, ControlCondition, LoraCondition, Pair, TextCondition
+from facegen.economy import EXACT
 from facegen.errors import CheckpointBroken, WeightsMissing, WrongBaseModel, WrongRequest
 from facegen.memory import MemoryPlan, Offload
 from facegen.models import control
@@ -62,6 +63,7 @@ class Model(ABC):
         self.scheduler_config = dict(scheduler_config)
         self.memory = memory or MemoryPlan(unet.device, unet.dtype)
         self.backend = backend
+        self.economy = EXACT
         self.source: Path | None = None
         self.busy = threading.RLock()
         self.attention_layers = install(unet)
@@ -312,8 +314,8 @@ class Model(ABC):
                 own_down, own_mid = control.residuals(
                     net, sample.to(like), timestep, context.to(like), now.prepared.hint(condition), extra
                 )
-            own_down = [control.weigh(state, strength, condition.mask).to(sample) for state in own_down]
-            own_mid = control.weigh(own_mid, strength, condition.mask).to(sample)
+            own_down = [now.prepared.confined(state * strength, condition.mask).to(sample) for state in own_down]
+            own_mid = now.prepared.confined(own_mid * strength, condition.mask).to(sample)
             down = own_down if down is None else [a + b for a, b in zip(down, own_down, strict=True)]
             mid = own_mid if mid is None else mid + own_mid
         return None if down is None else tuple(down), mid

@@ -117,6 +117,7 @@ class Prepared:
         self._keys: dict[int, dict[int, KeyValue]] = {}
         self._hints: dict[int, Tensor] = {}
         self._masks: dict[tuple[int, Size], Tensor] = {}
+        self._small: dict[tuple[int, Size, torch.dtype], Tensor] = {}
         self._states: dict[int, Tensor] | None = None
         self._layers: tuple[Any, dict[int, LayerContext]] | None = None
         self._text: tuple[Any, dict[int, KeyValue]] | None = None
@@ -425,6 +426,18 @@ class Prepared:
     def hint(self, condition: ControlCondition) -> Tensor:
         """The embedding of a control picture, computed when the conditions were prepared."""
         return self._hints[id(condition)]
+
+    def confined(self, residual: Tensor, mask: Tensor | None) -> Tensor:
+        """A ControlNet's residual (R, C, h, w) inside the mask (1, H, W) only: bilinear, as InstantID's full pipeline
+        resizes it, once per resolution.
+        """
+        if mask is None:
+            return residual
+        size = (residual.shape[-2], residual.shape[-1])
+        key = (id(mask), size, residual.dtype)
+        if key not in self._small:
+            self._small[key] = F.interpolate(mask[None].to(residual), size=size, mode="bilinear")
+        return residual * self._small[key]
 
     def kept(self, keep: KeepCondition, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(photo latents, mask at the latents' size, noise) in the latents' dtype and place."""
