@@ -461,10 +461,14 @@ class Prepared:
 
 
 def _never(condition: Condition) -> bool:
-    """Whether the condition can be left out altogether: strength 0 throughout, or an empty mask."""
+    """Whether the condition can be left out altogether: strength 0 throughout, an empty span or an empty mask."""
     if isinstance(condition, (ChannelsCondition, TextCondition, KeepCondition)):
         return False
-    if isinstance(condition.scale, (int, float)) and condition.scale == 0:
+    if condition.span[0] == condition.span[1]:
+        return True
+    if not callable(condition.scale) and not any(
+        condition.scale if isinstance(condition.scale, Sequence) else (condition.scale,)
+    ):
         return True
     mask = getattr(condition, "mask", None)
     return mask is not None and not bool(mask.any())
