@@ -3,29 +3,48 @@
 The unit embedding, padded with zeros to the width of a token, replaces the token `id` of "photo of a id person"; a text
 encoder tuned together with the UNet reads it. No projector, no further attention. Source: github foivospar/Arc2Face,
 hub FoivosPar/Arc2Face (MIT), arXiv 2403.11641.
+
+Three parts may lie beside it, each asked for by a field of the request: `controlnet/` (pose: `normals`, the rendered
+surface normals of the head as it is to be), `exp_adapter/` (`expression`, SMIRK's 50 numbers of the expression, 2 of
+the eyelids, 3 of the jaw) and `ref_adapter/` (`reference`, a picture whose look is kept). For three steps instead of 25
+wear the LoRA latent-consistency/lcm-lora-sdv1-5 with the scheduler "lcm" and guidance 1.
 """
 
 from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from facegen import checkpoints
-from facegen.adapter import Adapter, AdapterRequest, ready, refuse, trainable, unit
+from facegen.adapter import Adapter, AdapterRequest, halves, ready, refuse, trainable, unit, with_zeros
 from facegen.attention.processor import install
-from facegen.checkpoints import SAFE, Shapes, base_name
-from facegen.conditions import Condition, TextCondition
+from facegen.checkpoints import SAFE, Shapes, base_name, section
+from facegen.conditions import (
+    Condition,
+    ControlCondition,
+    LoraCondition,
+    ReferenceCondition,
+    Scale,
+    TextCondition,
+    TokenCondition,
+    pair,
+)
 from facegen.errors import CheckpointBroken, WrongBaseModel, WrongRequest
+from facegen.models.control import load_controlnet
+from facegen.models.lora import load_lora
+from facegen.models.projections import FaceProjection, LinearProjection
+from facegen.models.streams import Streams, dtype_of
+from facegen.models.text import each, rewriting, single_token
 
 if TYPE_CHECKING:
-    from diffusers import UNet2DConditionModel
+    from diffusers import ControlNetModel, UNet2DConditionModel
     from transformers import CLIPTextModel
 
     from facegen.models.base import Model
@@ -33,6 +52,12 @@ if TYPE_CHECKING:
 PROMPT = "photo of a id person"
 TOKEN = "id"
 ENCODER, UNET = "encoder", "arc2face"
+POSE, EXPRESSION, REFERENCE = (
+    "controlnet",
+    "exp_adapter/exp_adapter.bin",
+    "ref_adapter/pytorch_lora_weights.safetensors",
+)
+STRENGTHS: Mapping[str, Scale] = {"pose": 1.0, "expression": 1.0, "reference": 0.8}
 OFFICIAL_EMBEDDING = 512
 OLD_PREFIX = "text_model."
 
@@ -49,6 +74,56 @@ PERSON = re.compile(
 WITH = re.compile(r"(?:with|in|on|wearing|against|and)\b", re.I)
 
 
+class Expression(nn.Module):
+    """The expression adapter: numbers of an expression as tokens in a decoupled attention."""
+
+    def __init__(self, projector: LinearProjection | FaceProjection, streams: Streams) -> None:
+        super().__init__()
+        self.image_proj = projector
+        self.ip_adapter = streams
+
+    @property
+    def width(self) -> int:
+        """How many numbers it reads."""
+        projector = self.image_proj
+        return projector.input_dim if isinstance(projector, LinearProjection) else projector.sizes.embedding
+
+    @classmethod
+    def from_file(cls, path: Path, model: Model) -> Expression:
+        """In the layouts of IP-Adapter (one linear layer) or FaceID (two); raises as an adapter's from_pretrained."""
+        tensors = checkpoints.read(path)
+        parts = section(tensors, "image_proj")
+        shapes = {key: tuple(value.shape) for key, value in parts.items()}
+        checkpoints.require(shapes, "norm.weight", path=path)
+        linear = "proj.weight" in shapes
+        checkpoints.require(shapes, *(["proj.weight"] if linear else ["proj.0.weight", "proj.2.weight"]), path=path)
+        projector = LinearProjection.from_shapes(shapes) if linear else FaceProjection.from_shapes(shapes)
+        checkpoints.load_into(projector, parts, path=path, prefix="image_proj.")
+        streams = Streams.from_tensors(section(tensors, "ip_adapter"), model, path, section="ip_adapter")
+        return cls(projector, streams)
+
+    def tokens(self, numbers: Tensor, guidance: bool) -> Tensor:
+        """Numbers (B, 55) -> Pair (2, B, tokens, width); the other half sees zeros."""
+        if numbers.shape[-1] != self.width:
+            raise WrongRequest(f"An expression has {self.width} numbers here, not {numbers.shape[-1]}.")
+        inputs = numbers.reshape(-1, 1, self.width).to(*dtype_of(self.image_proj))
+        return halves(self.image_proj(with_zeros(inputs, guidance)), guidance)
+
+
+@dataclass(eq=False)
+class Parts:
+    """What may lie beside the encoder: the ControlNet for poses, the expression adapter, the reference's LoRA."""
+
+    pose: ControlNetModel | None = None
+    expression: Expression | None = None
+    reference: LoraCondition | None = None
+
+    def modules(self) -> dict[str, nn.Module]:
+        """Those that are networks, by name."""
+        found: dict[str, nn.Module | None] = {"pose": self.pose, "expression": self.expression}
+        return {name: part for name, part in found.items() if part is not None}
+
+
 class Arc2Face(Adapter):
     """See the module's text; needs a base model with one text encoder.
 
@@ -63,10 +138,17 @@ class Arc2Face(Adapter):
     needs = frozenset({"face"})
     writes_prompt: ClassVar[bool] = True
 
-    def __init__(self, encoder: CLIPTextModel, model: Model, unet: UNet2DConditionModel | None = None) -> None:
+    def __init__(
+        self,
+        encoder: CLIPTextModel,
+        model: Model,
+        unet: UNet2DConditionModel | None = None,
+        parts: Parts | None = None,
+    ) -> None:
         self.encoder = encoder
         self.unet = unet
-        self.token = _token(model)
+        self.parts = parts or Parts()
+        self.token = single_token(model.tokenizer, TOKEN, self.title)
         if encoder.config.hidden_size != model.text_width:
             raise WrongBaseModel(
                 f"Arc2Face's encoder was made for {base_name(encoder.config.hidden_size)} (tokens"
@@ -99,13 +181,18 @@ class Arc2Face(Adapter):
 
     @classmethod
     def from_pretrained(cls, source: str | Path, model: Model) -> Arc2Face:
-        """From a folder with `encoder/` and, where the base model was not tuned with it, the UNet `arc2face/`."""
+        """From a folder with `encoder/` and, where the base model was not tuned with it, the UNet `arc2face/`.
+
+        Of the parts those that are there: `controlnet/`, `exp_adapter/exp_adapter.bin`,
+        `ref_adapter/pytorch_lora_weights.safetensors`.
+        """
         place = cls.choose(source, model)
         unet = _load_unet(place.parent / UNET, model) if (place.parent / UNET).is_dir() else None
-        adapter = cls(_load_encoder(place), model, unet)
+        adapter = cls(_load_encoder(place), model, unet, _load_parts(place.parent, model))
         ready(adapter.modules(), model)
-        if unet is not None:
-            model.memory.place(unet)
+        for net in (unet, adapter.parts.pose):
+            if net is not None:
+                model.memory.place(net)
         return adapter
 
     @classmethod
@@ -137,6 +224,7 @@ class Arc2Face(Adapter):
             path = folder / UNET / "diffusion_pytorch_model.safetensors"
             checkpoints.write(path, checkpoints.cast(self.unet.state_dict(), dtype), {"format": "pt"})
             self.unet.save_config(str(folder / UNET))
+        _save_parts(self.parts, folder, dtype)
         return folder
 
     # --- work -----------------------------------------------------------------------------------------------------
@@ -151,7 +239,10 @@ class Arc2Face(Adapter):
         return bool(getattr(self.encoder.config, "face_free_prompts", False))
 
     def modules(self) -> nn.Module:
-        return nn.ModuleDict({ENCODER: self.encoder} if self.unet is None else {ENCODER: self.encoder, UNET: self.unet})
+        own: dict[str, nn.Module] = {ENCODER: self.encoder}
+        if self.unet is not None:
+            own[UNET] = self.unet
+        return nn.ModuleDict(own | self.parts.modules())
 
     def host(self, model: Model) -> Model:
         """A second model around the own UNet; VAE, tokenizer, schedulers and turns (`busy`) are shared."""
@@ -178,12 +269,12 @@ class Arc2Face(Adapter):
                 "Arc2Face writes the prompt and has neither strength, span nor mask; use another adapter."
             )
         present = (embeddings != 0).any(dim=-1).tolist()
-        prompts = _each(request.prompt, len(present), "prompts")
+        prompts = each(request.prompt, len(present), "prompts")
         count = len(prompts)
         phrases = [self.phrase(text) if present[place % len(present)] else text for place, text in enumerate(prompts)]
         cond = self.encode(phrases, model, embeddings.expand(count, -1))
         if request.guidance:
-            negative = _each(request.negative_prompt, 1, "negative prompts")
+            negative = each(request.negative_prompt, 1, "negative prompts")
             uncond = self.encode(negative, model)
             if len(negative) not in (1, count):
                 raise WrongRequest(
@@ -191,7 +282,43 @@ class Arc2Face(Adapter):
                 )
         else:
             uncond = cond
-        return [TextCondition(embeds=torch.stack([uncond.expand_as(cond), cond]))]
+        text = TextCondition(embeds=pair(uncond.expand_as(cond), cond))
+        return [text, *self.further(text, model, request)]
+
+    def further(self, text: TextCondition, model: Model, request: AdapterRequest) -> list[Condition]:
+        """What the parts that the request asks for add; WrongRequest for a part that is not there."""
+        conditions: list[Condition] = []
+        parts, strengths = self.parts, {**STRENGTHS, **request.parts}
+        if strange := strengths.keys() - STRENGTHS.keys():
+            raise WrongRequest(f"{self.title} has the parts {', '.join(STRENGTHS)}, not {min(strange)!r}.")
+        if request.normals is not None:
+            controlnet = _there(parts.pose, "normals", POSE)
+            conditions.append(ControlCondition(controlnet=controlnet, image=request.normals, scale=strengths["pose"]))
+        if request.expression is not None:
+            expression = _there(parts.expression, "an expression", EXPRESSION)
+            conditions.append(
+                TokenCondition(
+                    tokens=expression.tokens(request.expression, request.guidance),
+                    layers=expression.ip_adapter.layers,
+                    scale=strengths["expression"],
+                )
+            )
+        if request.reference is not None:
+            lora = _there(parts.reference, "a reference", REFERENCE)
+            latents = model.encode_image(request.reference)
+            conditions += self.referring(latents, text, model)
+            conditions.append(LoraCondition(layers=lora.layers, scale=strengths["reference"]))
+        return conditions
+
+    def referring(self, latents: Tensor, text: TextCondition, model: Model) -> list[Condition]:
+        """Clean latents (B, 4, h, w) of a picture, for the conditional half alone to look at.
+
+        The UNet sees them at timestep 0, with the person's prompt on both halves and without LoRA.
+        """
+        both = TextCondition(embeds=pair(text.embeds[1], text.embeds[1]))
+        with torch.no_grad():
+            states = self.host(model).reference_states(latents, 0, both)
+        return [ReferenceCondition(states=states, both=False)]
 
     def phrase(self, prompt: str) -> str:
         """The prompt as such an encoder was trained: "photo of a id person" and then what is said of the picture.
@@ -225,46 +352,52 @@ class Arc2Face(Adapter):
             return hidden
         vectors = unit(embeddings).to(ids.device)
         vectors = nn.functional.pad(vectors, (0, self.encoder.config.hidden_size - vectors.shape[-1]))
-        with replacing(self.encoder, ids == self.token, vectors):
+
+        def replace(looked_up: Tensor) -> Tensor:
+            return torch.where((ids == self.token)[..., None], vectors[:, None].to(looked_up.dtype), looked_up)
+
+        with rewriting(self.encoder, replace):
             hidden = self.encoder(ids).last_hidden_state
         return hidden
 
 
-@contextmanager
-def replacing(encoder: CLIPTextModel, places: Tensor, vectors: Tensor) -> Iterator[None]:
-    """Inside the `with` the token embeddings at `places` (B, L) are `vectors` (B, width).
-
-    A hook, because the encoder takes ids alone and because everything behind the look-up (positions, causal mask, final
-    LayerNorm) must stay the class's own.
-    """
-
-    def place(module: nn.Module, inputs: Any, looked_up: Tensor) -> Tensor:
-        return torch.where(places[..., None], vectors[:, None].to(looked_up.dtype), looked_up)
-
-    handle = encoder.get_input_embeddings().register_forward_hook(place)
-    try:
-        yield
-    finally:
-        handle.remove()
+Part = TypeVar("Part")
 
 
-def _token(model: Model) -> int:
-    ids = model.tokenizer(TOKEN, add_special_tokens=False).input_ids
-    if len(ids) != 1:
-        raise WrongBaseModel(
-            f"Arc2Face replaces the word {TOKEN!r}, which the loaded base model's tokenizer splits into {len(ids)};"
-            " load a Stable Diffusion 1.5 model or mini."
-        )
-    return int(ids[0])
+def _there(part: Part | None, what: str, place: str) -> Part:
+    if part is None:
+        raise WrongRequest(f"{what.capitalize()} cannot be used without Arc2Face's {place}; put it beside the encoder.")
+    return part
 
 
-def _each(text: str | Sequence[str], count: int, what: str) -> list[str]:
-    """One text for each of `count` pictures; several texts make as many pictures of one embedding."""
-    if isinstance(text, str):
-        return [text] * count
-    if count != 1 and len(text) != count:
-        raise WrongRequest(f"There are {count} embeddings but {len(text)} {what}; give one, or {count}.")
-    return list(text)
+def _load_parts(folder: Path, model: Model) -> Parts:
+    parts = Parts()
+    if (folder / POSE).is_dir():
+        parts.pose = load_controlnet(folder / POSE, model.unet)
+    if (folder / EXPRESSION).is_file():
+        parts.expression = Expression.from_file(folder / EXPRESSION, model)
+    if (folder / REFERENCE).is_file():
+        parts.reference = load_lora(folder / REFERENCE, model)
+    return parts
+
+
+def _save_parts(parts: Parts, folder: Path, dtype: torch.dtype | None) -> None:
+    if parts.pose is not None:
+        path = folder / POSE / "diffusion_pytorch_model.safetensors"
+        checkpoints.write(path, checkpoints.cast(parts.pose.state_dict(), dtype), {"format": "pt"})
+        parts.pose.save_config(str(folder / POSE))
+    if parts.expression is not None:
+        nested = {
+            "image_proj": parts.expression.image_proj.state_dict(),
+            "ip_adapter": parts.expression.ip_adapter.tensors(),
+        }
+        checkpoints.write(folder / EXPRESSION, checkpoints.cast(nested, dtype))
+    if parts.reference is not None:
+        tensors = {}
+        for name, low in parts.reference.layers.items():
+            tensors[f"unet.{name}.lora.down.weight"] = low.down
+            tensors[f"unet.{name}.lora.up.weight"] = low.up * low.gain
+        checkpoints.write(folder / REFERENCE, checkpoints.cast(tensors, dtype), {"format": "pt"})
 
 
 def _load_encoder(folder: Path) -> CLIPTextModel:

@@ -17,11 +17,22 @@ import torch
 from torch import Tensor, nn
 
 from facegen import checkpoints
-from facegen.adapter import Adapter, AdapterRequest, FaceLike, halves, ready, seen, trainable, with_zeros
+from facegen.adapter import (
+    Adapter,
+    AdapterRequest,
+    FaceLike,
+    halves,
+    ready,
+    seen,
+    trainable,
+    weight_files,
+    with_zeros,
+)
 from facegen.checkpoints import SAFE, Shapes, base_name, section
 from facegen.conditions import Condition, ControlCondition, TokenCondition
-from facegen.errors import CheckpointBroken, PackageMissing, WeightsMissing, WrongBaseModel, WrongRequest
+from facegen.errors import PackageMissing, WeightsMissing, WrongRequest
 from facegen.models.clip import CLIP_WIDTHS
+from facegen.models.control import load_controlnet
 from facegen.models.resampler import PerceiverSizes, Resampler
 from facegen.models.streams import Streams, dtype_of, initialise
 
@@ -215,30 +226,9 @@ def _cv2() -> Any:
 
 
 def _load_controlnet(folder: Path, model: Model) -> ControlNetModel:
-    from diffusers import ControlNetModel
-
-    config = folder / "config.json"
-    files = [path for path in sorted(folder.glob("*")) if path.suffix in checkpoints.SUFFIXES]
-    if not config.is_file() or not files:
+    if not (folder / "config.json").is_file() or not weight_files(folder):
         raise WeightsMissing(
             f"{folder} with IdentityNet (config.json, diffusion_pytorch_model.safetensors) is missing; InstantID needs"
             " it beside ip-adapter.bin."
         )
-    try:
-        controlnet = ControlNetModel.from_config(ControlNetModel.load_config(str(config)))
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointBroken(f"{config} is damaged ({error}); fetch the file again.") from error
-    own, base = controlnet.config, model.unet.config
-    for key in ("cross_attention_dim", "block_out_channels", "layers_per_block", "addition_embed_type"):
-        here, there = _plain(own[key]), _plain(base[key])
-        if here != there:
-            raise WrongBaseModel(
-                f"{folder} was made for a base model with {key} {here}, the loaded one has {there}; load the base"
-                " model it was made for."
-            )
-    checkpoints.load_into(controlnet, checkpoints.read(files[0]), path=files[0])
-    return cast("ControlNetModel", controlnet)
-
-
-def _plain(value: Any) -> Any:
-    return tuple(value) if isinstance(value, (list, tuple)) else value
+    return load_controlnet(folder, model.unet)

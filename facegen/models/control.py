@@ -7,13 +7,17 @@ embedding on, on the model's own modules. Source: diffusers 0.42.1, models/contr
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from facegen.errors import WrongAdapter
+from facegen import checkpoints
+from facegen.errors import CheckpointBroken, WeightsMissing, WrongAdapter, WrongBaseModel
+
+if TYPE_CHECKING:
+    from diffusers import ControlNetModel
 
 
 def check(controlnet: nn.Module) -> None:
@@ -81,10 +85,31 @@ def residuals(
     return down, mid
 
 
-def weigh(residual: Tensor, scale: float, mask: Tensor | None) -> Tensor:
-    """residual · scale, inside the mask (1, H, W) only (bilinear, as InstantID's full pipeline resizes it)."""
-    residual = residual * scale
-    if mask is None:
-        return residual
-    small = F.interpolate(mask[None].to(residual), size=residual.shape[-2:], mode="bilinear")
-    return residual * small
+def load_controlnet(folder: Path, unet: Any) -> ControlNetModel:
+    """A ControlNet in diffusers' folder format, for a UNet of this architecture.
+
+    Raises WeightsMissing, CheckpointBroken, WrongBaseModel.
+    """
+    from diffusers import ControlNetModel
+
+    config = folder / "config.json"
+    files = [path for path in sorted(folder.glob("*")) if path.suffix in checkpoints.SUFFIXES]
+    if not config.is_file() or not files:
+        raise WeightsMissing(f"{folder} lacks config.json or diffusion_pytorch_model.safetensors; fetch it again.")
+    try:
+        controlnet = ControlNetModel.from_config(ControlNetModel.load_config(str(config)))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointBroken(f"{config} is damaged ({error}); fetch the file again.") from error
+    for key in ("cross_attention_dim", "block_out_channels", "layers_per_block", "addition_embed_type"):
+        here, there = _plain(controlnet.config[key]), _plain(unet.config[key])
+        if here != there:
+            raise WrongBaseModel(
+                f"{folder} was made for a base model with {key} {here}, the loaded one has {there}; load the base"
+                " model it was made for."
+            )
+    checkpoints.load_into(controlnet, checkpoints.read(files[0]), path=files[0])
+    return cast("ControlNetModel", controlnet)
+
+
+def _plain(value: Any) -> Any:
+    return tuple(value) if isinstance(value, (list, tuple)) else value

@@ -119,6 +119,6 @@ def _tensor(path: Path) -> Tensor:
             raise CheckpointBroken(f"{path} is truncated or damaged; fetch the file again.") from error
     else:
         found = checkpoints.content(path)
-    if not isinstance(found, Tensor) or found.squeeze().ndim not in (1, 2):
+    if not isinstance(found, Tensor) or not 1 <= found.ndim <= 3:
         raise CheckpointBroken(f"{path} is no direction of W+ codes; fetch the file again.")
     return found.float().reshape(-1, found.shape[-1])

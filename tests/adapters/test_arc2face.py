@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,10 +12,12 @@ from torch import Tensor
 
 from facegen import checkpoints
 from facegen.adapter import AdapterRequest, load_adapter
-from facegen.adapters.arc2face import PROMPT, Arc2Face
-from facegen.conditions import TextCondition
+from facegen.adapters.arc2face import PROMPT, Arc2Face, Expression, Parts
+from facegen.conditions import LoraCondition, LowRankWeights, TextCondition
 from facegen.errors import WeightsMissing, WrongBaseModel, WrongRequest
 from facegen.models.base import Model
+from facegen.models.projections import FaceProjection, LinearProjection, ProjectionSizes
+from facegen.models.streams import Streams
 
 DIM = 18
 
@@ -184,3 +187,110 @@ def test_an_encoder_without_weights(model: Model, tmp_path: Path) -> None:
     (path / "encoder/pytorch_model.bin").unlink()
     with pytest.raises(WeightsMissing, match="encoder"):
         Arc2Face.from_pretrained(path, model)
+
+
+# --- pose, expression, reference ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Arc2Face:
+    """Saved and loaded in the official layout: encoder, own UNet and all three parts, far from where they start."""
+    from diffusers import ControlNetModel
+
+    generator = torch.Generator().manual_seed(3)
+    adapter = Arc2Face.fresh(model, DIM, free_prompts=False)
+    adapter.unet = copy.deepcopy(model.unet)
+    pose = ControlNetModel.from_unet(model.unet, conditioning_embedding_out_channels=(4, 4, 8, 8))
+    streams = Streams.fresh(model, generator=generator)
+    expression = Expression(FaceProjection(ProjectionSizes(55, 8, 2, model.text_width)), streams)
+    for net in (pose, expression):
+        with torch.no_grad():
+            for parameter in net.parameters():
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
+    low = {
+        layer.name.removesuffix("processor") + part: LowRankWeights(
+            torch.randn(2, layer.width, generator=generator) * 0.2,
+            torch.randn(layer.width, 2, generator=generator) * 0.2,
+        )
+        for layer in model.attention_layers
+        if not layer.cross
+        for part in ("to_q", "to_k", "to_v", "to_out.0")
+    }
+    adapter.parts = Parts(pose, expression, LoraCondition(layers=low))
+    folder = adapter.save(tmp_path_factory.mktemp("arc2face"))
+    assert (folder / "controlnet/config.json").is_file()
+    assert {"image_proj.proj.0.weight", "ip_adapter.1.to_k_ip.weight"} < checkpoints.shapes(
+        folder / "exp_adapter/exp_adapter.bin"
+    ).keys()
+    again = load_adapter(folder, model)
+    assert isinstance(again, Arc2Face)
+    return again
+
+
+def asked(**more: Any) -> AdapterRequest:
+    generator = torch.Generator().manual_seed(5)
+    given: dict[str, Tensor] = {
+        "expression": torch.randn(1, 55, generator=generator),
+        "normals": torch.rand(1, 3, 64, 64, generator=generator),
+        "reference": torch.rand(1, 3, 64, 64, generator=generator),
+    }
+    return AdapterRequest(height=64, width=64, **{name: given[name] for name in given if more.pop(name, True)}, **more)
+
+
+def seen_by(adapter: Arc2Face, model: Model, request: AdapterRequest) -> Tensor:
+    host = adapter.host(model)
+    sample = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(7))
+    with torch.no_grad():
+        conditions = adapter.conditions_from_embeddings(embeddings(), model, request)
+        with host.prepare(conditions, 1, True) as prepared:
+            return host.predict(sample, 300, prepared.throughout())
+
+
+def test_each_part_acts_and_at_strength_zero_is_not_there(whole: Arc2Face, model: Model) -> None:
+    everything = seen_by(whole, model, asked())
+    for field, part in (("expression", "expression"), ("normals", "pose")):
+        without = seen_by(whole, model, asked(**{field: False}))
+        assert not torch.allclose(everything, without, atol=1e-4), field
+        assert torch.equal(seen_by(whole, model, asked(parts={part: 0.0})), without), field
+    without = seen_by(whole, model, asked(reference=False))
+    unlearnt = seen_by(whole, model, asked(parts={"reference": 0.0}))
+    assert not torch.allclose(everything, unlearnt, atol=1e-4), "the LoRA"
+    assert not torch.allclose(unlearnt[1], without[1], atol=1e-4), "the look at the reference"
+    assert torch.allclose(unlearnt[0], without[0], atol=1e-5), "which the other half does not have"
+
+
+def test_the_expression_is_read_as_diffusers_reads_it(whole: Arc2Face, model: Model) -> None:
+    expression = whole.parts.expression
+    assert expression is not None
+    assert expression.width == 55
+    numbers = torch.randn(2, 55, generator=torch.Generator().manual_seed(1))
+    uncond, cond = expression.tokens(numbers, guidance=True)
+    projector = expression.image_proj
+    assert cond.shape == (2, 2, model.text_width)
+    hidden = torch.nn.functional.gelu(projector.proj[0](numbers))  # type: ignore[index]
+    wanted = projector.norm(projector.proj[2](hidden).view(2, 2, -1))  # type: ignore[index]
+    assert torch.allclose(cond, wanted, atol=1e-6)
+    nothing = projector.proj[2](torch.nn.functional.gelu(projector.proj[0].bias))  # type: ignore[index]
+    assert torch.allclose(uncond[0], projector.norm(nothing.view(2, -1)), atol=1e-6)
+    with pytest.raises(WrongRequest, match="55 numbers here, not 50"):
+        expression.tokens(torch.zeros(1, 50), guidance=True)
+
+
+def test_the_expression_in_one_layer(model: Model, tmp_path: Path) -> None:
+    """The other layout that the file may have."""
+    streams = Streams.fresh(model, generator=torch.Generator().manual_seed(1))
+    linear = LinearProjection(55, 4, model.text_width)
+    checkpoints.write(
+        tmp_path / "exp_adapter.bin", {"image_proj": linear.state_dict(), "ip_adapter": streams.tensors()}
+    )
+    expression = Expression.from_file(tmp_path / "exp_adapter.bin", model)
+    assert (expression.width, expression.tokens(torch.ones(1, 55), guidance=True).shape[2]) == (55, 4)
+
+
+def test_parts_that_are_not_there(model: Model, arc2face: Arc2Face) -> None:
+    for field, place in (("expression", "exp_adapter"), ("normals", "controlnet"), ("reference", "ref_adapter")):
+        wanted = {name: name == field for name in ("expression", "normals", "reference")}
+        with pytest.raises(WrongRequest, match=f"cannot be used without Arc2Face's {place}"):
+            arc2face.conditions_from_embeddings(embeddings(), model, asked(**wanted))
+    with pytest.raises(WrongRequest, match="has the parts pose, expression, reference, not 'smile'"):
+        arc2face.conditions_from_embeddings(embeddings(), model, AdapterRequest(parts={"smile": 1.0}))

@@ -129,6 +129,57 @@ def test_several_photos_are_averaged(wplus: WPlus, model: Model, photos: Callabl
     assert torch.allclose(one.tokens, wanted, atol=1e-6)  # type: ignore[attr-defined]
 
 
+@pytest.fixture
+def directions(tmp_path: Path) -> dict[str, Any]:
+    """Edit directions in the three official layouts beside the adapter."""
+    generator = torch.Generator().manual_seed(8)
+    found: dict[str, Any] = {
+        "age": torch.randn(1, 1, generator=generator),
+        "lipstick": torch.randn(18, 1, generator=generator),
+        "mean": torch.randn(1, 1, generator=generator),
+        "comp": torch.randn(3, 1, 1, generator=generator),
+        "std": torch.rand(3, generator=generator) + 0.5,
+    }
+    for name in ("interfacegan_directions", "latent_directions", "gan_space"):
+        (tmp_path / "w_direction" / name).mkdir(parents=True)
+    torch.save(found["age"], tmp_path / "w_direction/interfacegan_directions/age.pt")
+    np.save(tmp_path / "w_direction/latent_directions/lipstick.npy", found["lipstick"].numpy())
+    np.save(tmp_path / "w_direction/latent_directions/age.npy", found["lipstick"].numpy())
+    torch.save({name: found[name] for name in ("mean", "comp", "std")}, tmp_path / "w_direction/gan_space/ffhq_pca.pt")
+    (tmp_path / "w_direction/gan_space/ganspace_configs.csv").write_text("width\t2\t0\t4\t20\n")
+    return found
+
+
+def test_edits(wplus: WPlus, model: Model, tmp_path: Path, directions: dict[str, Any]) -> None:
+    """Each kind of direction as the official script applies it."""
+    again = load_adapter(wplus.save(tmp_path), model)
+    assert isinstance(again, WPlus)
+    code = torch.randn(1, 18, 1, generator=torch.Generator().manual_seed(9))
+    place = (code[0, 0] - directions["mean"][0]) @ directions["comp"][2].flatten() / directions["std"][2]
+    rows = torch.zeros(18, 1)
+    rows[0:4] = (3.0 - place) * directions["comp"][2] * directions["std"][2]
+    coarse = directions["lipstick"].clone()
+    coarse[8:] = 0
+    for edit, wanted in (
+        ({"interfacegan/age": 2.0}, code + 2 * directions["age"]),
+        ({"lipstick": -1.5}, code - 1.5 * coarse),
+        ({"width": 3.0}, code + rows),
+        ({"lipstick": 1.0, "width": 3.0}, code + coarse + rows),
+    ):
+        assert torch.allclose(again.directions.edited(code, edit), wanted, atol=1e-6), edit
+        (condition,) = again.conditions_from_embeddings(code.flatten(1), model, AdapterRequest(edits=edit))
+        assert torch.allclose(condition.tokens, again.tokens(wanted), atol=1e-5)  # type: ignore[attr-defined]
+    for name, words in (("age", "say interfacegan/age or latent/age"), ("lipstik", "did you mean 'lipstick'")):
+        with pytest.raises(WrongRequest, match=words):
+            again.directions.edited(code, {name: 1.0})
+
+
+def test_a_damaged_direction(wplus: WPlus, model: Model, tmp_path: Path, directions: dict[str, Any]) -> None:
+    (tmp_path / "w_direction/latent_directions/age.npy").write_bytes(b"\x93NUMPY broken")
+    with pytest.raises(CheckpointBroken, match=r"age\.npy is truncated or damaged"):
+        load_adapter(wplus.save(tmp_path), model)
+
+
 def test_alignment_levels_the_eyes() -> None:
     """Five dots on a turned face come to their places, whatever the turn."""
     upright = np.array([[-20, -15], [20, -15], [0, 5], [-14, 27], [14, 27]], np.float64)
