@@ -236,12 +236,24 @@ def _flat_safetensors(path: Path) -> Tensors:
         raise _broken(path, error) from error
 
 
+class _Nothing:
+    """Stands for an object of Lightning's in its checkpoints, of which only the tensors are wanted; runs no code."""
+
+    def __setstate__(self, state: object) -> None:
+        """Whatever the object held is dropped."""
+
+
+# Checkpoints of whole training runs (RestoreFormer's, Stable Diffusion's .ckpt) name this class beside the weights.
+_HARMLESS = [(_Nothing, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")]
+
+
 def content(path: Path) -> Any:
     """What a pickle holds where that is no named tensors but one tensor or a list of them; raises as `read`."""
     _check_file(path)
     try:
         # The old pickle format (before torch 1.6) cannot be mapped.
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with torch.serialization.safe_globals(_HARMLESS):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise CheckpointBroken(
             f"{path} is damaged, or holds Python objects besides tensors, which are not opened for safety; "

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 
-from facegen.checkpoints import write
+from facegen.checkpoints import read, unwrapped, write
 from facegen.errors import CheckpointBroken, WeightsMissing, WrongAdapter
 from facegen.restoration import gfpgan, restoreformer
 from facegen.restoration.dfdnet import PARTS, WIDTHS, read_dictionary
@@ -34,6 +36,24 @@ def test_the_keys_tell_and_not_the_name(gan: Path, tmp_path: Path) -> None:
     )
     path = write(tmp_path / "GFPGANv1.4.pth", {"state_dict": {"vqvae": weights(RestoreFormer(sizes))}})
     assert Restorer.from_file(path).title == "RestoreFormer"
+
+
+def test_a_checkpoint_of_a_training_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """RestoreFormer is published with what Lightning writes beside the weights; its classes are not needed."""
+    home = "pytorch_lightning.callbacks.model_checkpoint"
+    lightning = ModuleType(home)
+    kind = type("ModelCheckpoint", (), {"__module__": home})
+    lightning.ModelCheckpoint = kind  # type: ignore[attr-defined]
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, home, lightning)
+        whole = {
+            "state_dict": {"vqvae.x": torch.ones(2)},
+            "callbacks": {kind: {"best": 1.0}},
+            "epoch": 3,
+            "last": kind(),
+        }
+        torch.save(whole, tmp_path / "run.ckpt")
+    assert list(unwrapped(read(tmp_path / "run.ckpt"))) == ["x"]
 
 
 def test_a_face_goes_in_and_one_comes_out(gan: Path) -> None:
