@@ -192,7 +192,7 @@ class PhotoMaker(Adapter):
     @property
     def embedding_dim(self) -> int:
         reader = self.encoder.qformer_perceiver
-        return OFFICIAL_EMBEDDING if reader is None else int(reader.token_proj[0].in_features)
+        return OFFICIAL_EMBEDDING if reader is None else reader.embedding
 
     def modules(self) -> nn.Module:
         return nn.ModuleDict({ENCODER: self.encoder, LORA: self.lora})

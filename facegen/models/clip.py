@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
 
-from facegen.checkpoints import Shapes
+from facegen.checkpoints import Shapes, count
 from facegen.errors import CheckpointBroken, WeightsMissing, WrongAdapter
 from facegen.models.resampler import by_photo
 from facegen.models.streams import dtype_of
@@ -211,11 +211,10 @@ def vision_config(shapes: Shapes, heads: int | None = None) -> CLIPVisionConfig:
 
     hidden, _, patch, _ = shapes["embeddings.patch_embedding.weight"]
     patches = shapes["embeddings.position_embedding.weight"][0] - 1
-    layers = 1 + max(int(key.split(".")[2]) for key in shapes if key.startswith("encoder.layers."))
     return CLIPVisionConfig(
         hidden_size=hidden,
         intermediate_size=shapes["encoder.layers.0.mlp.fc1.weight"][0],
-        num_hidden_layers=layers,
+        num_hidden_layers=count(shapes, "encoder.layers"),
         num_attention_heads=heads or max(hidden // HEAD_WIDTH, 1),
         image_size=round(patches**0.5) * patch,
         patch_size=patch,

@@ -166,7 +166,7 @@ class EvaTower(nn.Module):
     def forward(self, pixels: Tensor) -> tuple[Tensor, list[Tensor]]:
         x = self.patch_embed(pixels)
         x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1) + self.pos_embed
-        hidden = []
+        hidden: list[Tensor] = []
         for place, block in enumerate(self.blocks):
             if place and place % HIDDEN_EVERY == 0 and len(hidden) < HIDDEN_COUNT:
                 hidden.append(x)

@@ -72,8 +72,8 @@ class PerceiverSizes:
     def from_shapes(cls, shapes: Shapes, dim_head: int = 64) -> PerceiverSizes:
         """Sizes from a checkpoint; only the head width is not written there (64, in PhotoMaker's files 128)."""
         dim, context = shapes["proj_in.weight"]
-        depth = 1 + max(int(key.split(".")[1]) for key in shapes if key.startswith("layers."))
         inner = shapes["layers.0.0.to_q.weight"][0]
+        depth = 1 + max(int(key.split(".")[1]) for key in shapes if key.startswith("layers."))
         dim_head = min(dim_head, inner)
         return cls(context, dim, shapes["proj_out.weight"][0], depth, inner // dim_head, dim_head)
 

@@ -6,6 +6,8 @@ the file.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -56,14 +58,15 @@ class FaceReader(nn.Module):
 
     def __init__(self, embedding: int, hidden: int, tokens: int, reader: PerceiverSizes) -> None:
         super().__init__()
-        self.width = reader.dim
+        self.embedding, self.tokens, self.width = embedding, tokens, reader.dim
         self.token_proj = nn.Sequential(nn.Linear(embedding, hidden), nn.GELU(), nn.Linear(hidden, tokens * reader.dim))
         self.token_norm = nn.LayerNorm(reader.dim)
         self.perceiver_resampler = PerceiverResampler(reader)
 
     @classmethod
     def from_shapes(cls, shapes: Shapes) -> FaceReader:
-        reader = PerceiverSizes.from_shapes(section(shapes, "perceiver_resampler"), HEAD_WIDTH)
+        with _within("perceiver_resampler"):
+            reader = PerceiverSizes.from_shapes(section(shapes, "perceiver_resampler"), HEAD_WIDTH)
         hidden, embedding = shapes["token_proj.0.weight"]
         return cls(embedding, hidden, shapes["token_proj.2.weight"][0] // reader.dim, reader)
 
@@ -95,8 +98,11 @@ class StackedID(nn.Module):
         """heads: of the image encoder; None for heads of 64. Raises KeyError for a key that is missing."""
         widths = shapes["visual_projection.weight"][0], shapes["visual_projection_2.weight"][0]
         parts = section(shapes, "qformer_perceiver")
-        reader = FaceReader.from_shapes(parts) if parts else None
-        return cls(vision_config(section(shapes, "vision_model"), heads), widths, reader)
+        with _within("qformer_perceiver"):
+            reader = FaceReader.from_shapes(parts) if parts else None
+        with _within("vision_model"):
+            vision = vision_config(section(shapes, "vision_model"), heads)
+        return cls(vision, widths, reader)
 
     @property
     def width(self) -> int:
@@ -106,9 +112,7 @@ class StackedID(nn.Module):
     @property
     def per_photo(self) -> int:
         """Tokens that each photo gives."""
-        if self.qformer_perceiver is None:
-            return 1
-        return int(self.qformer_perceiver.token_proj[2].out_features) // self.width
+        return 1 if self.qformer_perceiver is None else self.qformer_perceiver.tokens
 
     def people(self, pixels: Tensor, embeddings: Tensor | None = None) -> Tensor:
         """Photos' pixels (N, 3, S, S) and, for v2, their RAW face embeddings (N, D) -> (N, per_photo, width)."""
@@ -124,3 +128,12 @@ class StackedID(nn.Module):
         """The prompt (B, L, width) with its words at `places` (B, L), k in each row, made people (B, k, width)."""
         words = embeds[places].unflatten(0, (embeds.shape[0], -1))  # (B, k, width)
         return embeds.masked_scatter(places[..., None], self.fuse_module(words, people))
+
+
+@contextmanager
+def _within(name: str) -> Iterator[None]:
+    """A key that is missing in a part is told by its whole name."""
+    try:
+        yield
+    except KeyError as missing:
+        raise KeyError(f"{name}.{missing.args[0]}") from missing

@@ -26,7 +26,7 @@ from facegen.models.projections import FaceProjection, ProjectionSizes
 from facegen.models.resampler import PerceiverSizes
 
 DIM = 18  # length of the embeddings here; W+ codes have 18 rows
-CLIP, EVA = 24, EvaSizes(width=8, inner=8, output=6, depth=21, head=4, patch=14, image=28)
+CLIP, EVA = 24, EvaSizes(width=8, inner=8, output=6, depth=21, head=8, patch=14, image=28)
 
 
 @dataclass(frozen=True)
