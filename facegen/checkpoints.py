@@ -244,7 +244,7 @@ class _Nothing:
 
 
 # Checkpoints of whole training runs (RestoreFormer's, Stable Diffusion's .ckpt) name this class beside the weights.
-_HARMLESS = [(_Nothing, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")]
+_HARMLESS: list[Any] = [(_Nothing, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")]
 
 
 def content(path: Path) -> Any:

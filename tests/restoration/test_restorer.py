@@ -45,6 +45,8 @@ def test_a_checkpoint_of_a_training_run(tmp_path: Path, monkeypatch: pytest.Monk
     kind = type("ModelCheckpoint", (), {"__module__": home})
     lightning.ModelCheckpoint = kind  # type: ignore[attr-defined]
     with monkeypatch.context() as patch:
+        for parent in ("pytorch_lightning", "pytorch_lightning.callbacks"):
+            patch.setitem(sys.modules, parent, ModuleType(parent))
         patch.setitem(sys.modules, home, lightning)
         whole = {
             "state_dict": {"vqvae.x": torch.ones(2)},
