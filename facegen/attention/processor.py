@@ -150,10 +150,12 @@ def mix(
 def beside(found: Tensor, hidden: Tensor, kept: Tensor | float) -> Tensor:
     """`found` (R, L, C) without (1 - kept) of its projection on `hidden` (R, L, C), in float32.
 
-    kept: (R, L, 1) or a number. The projection is one of each channel's values over the picture, as PuLID has it.
+    kept: (R, L, 1) or a number. The projection is one of each channel's values over the picture, as PuLID has it; on
+    nothing (SDXL's empty prompt is zeros) it is nothing.
     """
     one, other = found.float(), hidden.float()
-    along = (other * one).sum(dim=-2, keepdim=True) / (other * other).sum(dim=-2, keepdim=True) * other
+    power = (other * other).sum(dim=-2, keepdim=True)
+    along = (other * one).sum(dim=-2, keepdim=True) / power.where(power > 0, 1.0) * other
     return (one + (kept - 1) * along).to(found.dtype)
 
 

@@ -70,6 +70,8 @@ def test_what_lies_along_the_prompt_is_taken_out(ortho: Any) -> None:
         assert torch.allclose(((got - hidden) * hidden).sum(1), torch.zeros(2, 12), atol=1e-5), "for each channel"
     plain = mix(query, (key, value), [group._replace(ortho=None)], attend)
     assert not torch.allclose(got, plain, atol=1e-3)
+    nothing = torch.zeros_like(value)  # SDXL's empty prompt
+    assert torch.allclose(mix(query, (key, nothing), [group], attend), 0.7 * found, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["fidelity", "style", "plain"])
