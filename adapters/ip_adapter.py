@@ -87,6 +87,12 @@ class IPAdapter(Adapter):
         return found
 
     @classmethod
+    def find(cls, folder: Path) -> list[Path]:
+        """See Adapter.find; also of the whole repository, where the files lie in `models/` and `sdxl_models/`."""
+        places = [place for place in (folder, folder / "models", folder / "sdxl_models") if place.is_dir()]
+        return [path for place in places for path in super(IPAdapter, cls).find(place)]
+
+    @classmethod
     def from_pretrained(cls, source: str | Path, model: Model) -> IPAdapter:
         """From one file, or a folder with one; `image_encoder/` is looked for in the folder and beside it."""
         file = cls.choose(source, model)

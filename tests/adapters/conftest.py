@@ -49,10 +49,14 @@ def photo(seed: int, size: tuple[int, int] = (96, 128)) -> Photo:
 @pytest.fixture(scope="session")
 def tiny_folder(tiny_sd15: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """tiny_sd15 with the words that adapters replace as one token each."""
+    return with_words(tiny_sd15, tmp_path_factory.mktemp("tiny_id") / "base")
+
+
+def with_words(base: Path, folder: Path) -> Path:
+    """A copy of a tiny base whose tokenizer knows `id`, `sks` and `face`."""
     from transformers import CLIPTokenizer
 
-    folder = tmp_path_factory.mktemp("tiny_id") / "base"
-    shutil.copytree(tiny_sd15, folder)
+    shutil.copytree(base, folder)
     vocabulary = CLIPTokenizer.from_pretrained(folder / "tokenizer").get_vocab()
     vocabulary["id</w>"] = vocabulary.pop("!</w>")
     for piece, old in zip(("sk", "sks</w>", "fa", "fac", "face</w>"), '"()+*', strict=True):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,8 @@ from facegen.models.base import Model
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = sorted((ROOT / "demos" / "examples").glob("[!_]*.py"))
 DIM = 16  # length of the tiny pack's embeddings
+# Of what other adapters read: codes of 18 rows, CLIP's patch tokens, CLIP's pooled embedding.
+DIMS = {"wplus": 36, "precisecontrol": 36, "id_animator": 24, "ip_adapter": 8}
 LINES = 20  # "a dozen", with its frame
 
 
@@ -39,21 +40,11 @@ def tiny() -> Any:
 
 
 @pytest.fixture(scope="module")
-def bases(tiny_sd15: Path, tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Model]:
-    """Small models under the names of the real ones; the tokenizer of sd15 knows the word `id`."""
-    from transformers import CLIPTokenizer
-
-    folder = tmp_path_factory.mktemp("sd15") / "base"
-    shutil.copytree(tiny_sd15, folder)
-    words = CLIPTokenizer.from_pretrained(folder / "tokenizer").get_vocab()
-    words["id</w>"] = words.pop("!</w>")
-    source = folder.parent / "words"
-    source.mkdir()
-    (source / "vocab.json").write_text(json.dumps(words))
-    (source / "merges.txt").write_text("#version: 0.2\ni d</w>\n")
-    CLIPTokenizer.from_pretrained(source, model_max_length=77).save_pretrained(folder / "tokenizer")
-    places = {"sd15": folder, "sdxl": tiny_sdxl}
-    return {name: Model.from_pretrained(path, device="cpu", dtype=torch.float32) for name, path in places.items()}
+def bases(tiny: Any, tiny_sd15: Path, tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Model]:
+    """Small models under the names of the real ones."""
+    known = tiny.with_words(tiny_sd15, tmp_path_factory.mktemp("known") / "base")
+    first, second = (Model.from_pretrained(path, device="cpu", dtype=torch.float32) for path in (known, tiny_sdxl))
+    return {"sd15": first, "sd21": first, "sdxl": second}
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +68,17 @@ def me(tmp_path: Path) -> Path:
     return tmp_path / "me.png"
 
 
+@pytest.fixture
+def code(tmp_path: Path) -> Path:
+    """A face's code in StyleGAN, and beside the adapters the directions in which the examples edit it."""
+    torch.save(torch.randn(1, 18, 2, generator=torch.Generator().manual_seed(2)), tmp_path / "code.pth")
+    folder = tmp_path / "weights/w_direction/interfacegan_directions"
+    folder.mkdir(parents=True)
+    torch.save(torch.ones(1, 2), folder / "smile.pt")
+    (tmp_path / "weights/all_delta_w_dict.json").write_text(json.dumps({"beard": [[0.1, 0.2]] * 18}))
+    return tmp_path / "code.pth"
+
+
 @pytest.mark.parametrize("path", EXAMPLES, ids=[path.stem for path in EXAMPLES])
 def test_it_runs(
     path: Path,
@@ -84,6 +86,7 @@ def test_it_runs(
     bases: dict[str, Model],
     home: Path,
     me: Path,
+    code: Path,
     tiny_pack: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -91,9 +94,11 @@ def test_it_runs(
     example = load(path)
     defaults = {name: one.default for name, one in inspect.signature(example.main).parameters.items()}
     model = bases[defaults["model"]]
-    saved = tiny.make(defaults["adapter"], model, home, DIM).save(tmp_path / "weights")
+    name = defaults["adapter"]
+    saved = tiny.make(name, model, home, DIMS.get(name, DIM)).save(tmp_path / "weights")
+    given = code if "codes" in defaults else me
     monkeypatch.chdir(tmp_path)
-    example.main([str(me)], str(model.source), str(saved), pack=str(tiny_pack), device="cpu", dtype="float32")
+    example.main([str(given)], str(model.source), str(saved), pack=str(tiny_pack), device="cpu", dtype="float32")
     made = sorted(tmp_path.glob(f"{path.stem}-*.png"))
     assert made
     picture = np.asarray(Image.open(made[0]), dtype=np.float32)
