@@ -149,7 +149,8 @@ class EvaTower(nn.Module):
 
         Raises WeightsMissing, CheckpointBroken, WrongAdapter.
         """
-        tensors = checkpoints.unwrapped(checkpoints.read(path))
+        tensors = checkpoints.read(path)
+        tensors = checkpoints.unwrapped(section(tensors, "model") or tensors)  # as training wrapped it, or bare
         tensors = section(tensors, "visual") or tensors
         shapes = {key: tuple(value.shape) for key, value in tensors.items()}
         if "blocks.0.attn.inner_attn_ln.weight" not in shapes:

@@ -188,10 +188,11 @@ def test_the_tower_and_its_file(tmp_path: Path) -> None:
     file = tmp_path / "whole.pt"
     state = {f"visual.{key}": value for key, value in tower.state_dict().items()}
     table = {"visual.rope.freqs_cos": torch.zeros(4, 4), "visual.blocks.0.attn.rope.freqs_sin": torch.zeros(4, 4)}
-    checkpoints.write(file, {**state, **table, "text.logit": torch.zeros(1)})
-    again = EvaTower.from_file(file)
-    assert again.sizes == tower.sizes
-    assert torch.equal(again(pixels)[0], whole), "the rotary table is computed"
+    everything = {**state, **table, "text.logit": torch.zeros(1)}
+    for content in (everything, {"model": everything}, {"module": everything}):
+        again = EvaTower.from_file(checkpoints.write(file, content))
+        assert again.sizes == tower.sizes
+        assert torch.equal(again(pixels)[0], whole), "the rotary table is computed"
     state.pop("visual.head.weight")
     with pytest.raises(CheckpointBroken, match=r"lacks head\.weight"):
         EvaTower.from_file(checkpoints.write(file, state))
