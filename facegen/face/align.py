@@ -37,18 +37,26 @@ def template(size: int) -> Array:
 def similarity(points: Array, targets: Array) -> Array:
     """The rotation, scale and shift (2, 3) float64 that bring points (N, 2) closest to targets (N, 2).
 
-    Umeyama 1991 in the plane, where it has a closed form. Raises ValueError when all points coincide.
+    Umeyama 1991, in the precision of the points and in scikit-image's order of operations, on which insightface relies:
+    so crops agree to the bit. Raises ValueError when all points coincide.
     """
-    p, t = np.asarray(points, np.float64), np.asarray(targets, np.float64)
-    centre, goal = p.mean(0), t.mean(0)
-    p, t = p - centre, t - goal
-    spread = float((p * p).sum())
-    if not spread > 1e-9:
+    p, t = (one if one.dtype.kind == "f" else one.astype(np.float64) for one in map(np.asarray, (points, targets)))
+    centre, goal = p.mean(axis=0), t.mean(axis=0)
+    source, target = p - centre, t - goal
+    spread = source.var(axis=0).sum()
+    if not float(spread) * len(p) > 1e-9:
         raise ValueError("The points of a face coincide; they do not say where it is.")
-    a = float((p * t).sum()) / spread  # scale · cos
-    b = float((p[:, 0] * t[:, 1] - p[:, 1] * t[:, 0]).sum()) / spread  # scale · sin
-    linear = np.array([[a, -b], [b, a]])
-    return np.concatenate([linear, (goal - linear @ centre)[:, None]], axis=1)
+    covariance = target.T @ source / len(p)
+    left, values, right = np.linalg.svd(covariance)
+    signs = np.ones(2)
+    if np.linalg.det(left) * np.linalg.det(right) < 0:  # a turn, not a mirror image
+        signs[1] = -1
+    turn = np.eye(2)
+    turn[:] = left @ np.diag(signs) @ right
+    scale = 1.0 / spread * (values @ signs)
+    shift = goal - scale * (turn @ centre.T)
+    matrix: Array = np.concatenate([turn * scale, shift[:, None]], axis=1)
+    return matrix
 
 
 def crop_matrix(points: Array, size: int = 112) -> Array:
