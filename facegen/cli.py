@@ -52,6 +52,7 @@ Verb = Callable[[argparse.Namespace], int]
 # what the verbs about the house take
 
 SHEETS = ("people", "expressions", "attributes", "identity", "scene", "truth")
+MEASURES = ("likeness", "inpaint", "swap", "people", "repair", "sliders", "expression")
 DATASETS = ("folder", "webdataset")
 
 
@@ -114,6 +115,7 @@ class TrainRequest(Request):
 class EvalRequest(Request):
     task: ClassVar[str] = "Measure likeness and obedience on people never trained on, and print the table."
 
+    measure: str = choice("likeness", "What to measure", MEASURES, alias="task")
     model: str = text("mini", "Base model.")
     adapters: tuple[str, ...] = names(
         ("arc2face", "instantid", "ip_adapter_faceid"), "Which adapters; none: the base model alone."
@@ -608,6 +610,8 @@ def _eval(arguments: argparse.Namespace) -> int:
     output = None if request.output is None else Path(request.output).expanduser()
     if output is not None:
         writable(output.parent)
+    if request.measure != "likeness":
+        return _eval_edit(request, output, arguments)
     with bar(arguments) as progress:
         result = run(
             model=request.model,
@@ -621,6 +625,30 @@ def _eval(arguments: argparse.Namespace) -> int:
             on_progress=lambda done, total: progress.show(done, total, "pictures"),
         )
     say(json.dumps(result.to_json()) if arguments.json else str(result))
+    return 0
+
+
+def _eval_edit(request: EvalRequest, output: Path | None, arguments: argparse.Namespace) -> int:
+    """The table of a task that changes one thing."""
+    from facegen.evaluation import edits
+    from facegen.files import atomic
+    from facegen.pipeline import Loading, task
+    from facegen.request import make
+
+    pipe = _load(task("generate"), Loading(model=request.model), arguments)
+
+    def call(name: str, **fields: Any) -> Any:
+        if name == "size":  # the canvas on which so many people stand side by side
+            return pipe.size(make(task("generate").request_class, {"people": ("x",) * fields["count"]}))
+        return task(name).from_pipe(pipe)(**fields)
+
+    plan = edits.Plan(request.people, request.num_inference_steps, request.guidance_scale, request.seed)
+    with bar(arguments) as progress:
+        shown = edits.run(request.measure, call, plan, lambda done, total: progress.show(done, total, "pictures"))
+    if output is not None:
+        with atomic(output) as temporary:
+            temporary.write_text(json.dumps(shown.to_json(), indent=2) + "\n", "utf-8")
+    say(json.dumps(shown.to_json()) if arguments.json else str(shown))
     return 0
 
 

@@ -227,6 +227,7 @@ class Loaded:
     people: dict[tuple[str, ...], Person] = field(default_factory=dict)  # by the checksums of their photos
     seen: dict[tuple[str, str], tuple[Face, ...]] = field(default_factory=dict)  # by pack and photo's checksum
     parser: FaceParser | None = None
+    controls: dict[str, Any] = field(default_factory=dict)  # expression and geometry, by name
 
     @property
     def assets(self) -> Path | None:
@@ -379,7 +380,7 @@ class Pipeline(ABC, Generic[R]):
 
         if self.loaded.assets is not None:
             beside = self.loaded.assets / "adapters"
-            return tuple(name for name in find_adapters() if (beside / name).is_dir())
+            return tuple(name for name in find_adapters() if name != "expression" and (beside / name).is_dir())
         there = []
         for name in find_adapters():
             try:
@@ -500,6 +501,27 @@ class Pipeline(ABC, Generic[R]):
             if name in (called, worn.source):
                 return called
         return self.load_adapter(name)
+
+    def control(self, name: str) -> Any:
+        """The expression adapter, or the geometry of a kind, that belongs to the model; loaded once.
+
+        They lie beside the base: adapters/expression, controls/landmarks … Raises WeightsMissing.
+        """
+        from facegen.adapters.expression import Expression
+        from facegen.errors import WeightsMissing
+        from facegen.models.base import locate
+        from facegen.models.geometry import Geometry
+
+        if name not in self.loaded.controls:
+            kind: Any = Expression if name == "expression" else Geometry
+            folder = "adapters" if kind is Expression else "controls"
+            path = locate(self.loaded.loading.model).parent / folder / name
+            if not path.is_dir():
+                raise WeightsMissing(
+                    f"The model has no control '{name}' ({path}); train it: facegen train mini --stages {name}."
+                )
+            self.loaded.controls[name] = kind.from_pretrained(path, self.model)
+        return self.loaded.controls[name]
 
     def default_adapter(self) -> str:
         """The adapter that is used when faces are given and none is loaded."""

@@ -26,6 +26,7 @@ Kind = Literal[
 ]
 Curve = float | tuple[float, ...] | Callable[[float], float]
 Strengths = Curve | Mapping[str, Curve]
+CONTROL_KINDS = ("landmarks", "depth", "normals", "sketch")
 Photo = Any  # whatever facegen.images.load_rgb reads: a path, bytes, PIL picture, array, tensor; or "example:3"
 
 _KEY = "facegen"

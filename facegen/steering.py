@@ -36,7 +36,7 @@ class _UnitGradient(torch.autograd.Function):
 
 def unit_gradient(x: Tensor) -> Tensor:
     """x (B, …), whose gradient will have unit root mean square in each row."""
-    made: Tensor = _UnitGradient.apply(x)  # type: ignore[no-untyped-call]
+    made: Tensor = _UnitGradient.apply(x)
     return made
 
 

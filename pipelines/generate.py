@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from facegen.errors import WrongMask, WrongRequest
 from facegen.pipeline import Painted, PersonRequest, Pipeline, Watch
+from facegen.request import CONTROL_KINDS as KINDS
 from facegen.request import Person as Asked
 from facegen.request import Photo, choice, integer, number, people, photo, strengths, switch
 
@@ -32,6 +33,23 @@ class GenerateRequest(PersonRequest):
 
     sliders: Mapping[str, float] = strengths(
         {}, "Changes by degrees, such as smile=0.6 age=-1, or two prompts of your own: 'more|less'=1.", low=-5, high=5
+    )
+    expression: Mapping[str, float] = strengths(
+        {}, "An expression by numbers, such as smile=0.8 brow_raise=0.5; the rest of the face is at rest.",
+        low=-1, high=1, advanced=True,
+    )  # fmt: skip
+    expression_from: Photo = photo("A photo, of anybody, whose expression is copied.", advanced=True)
+    expression_strength: float = number(
+        1.0, "How strongly that expression acts.", low=0, high=3, slider=(0, 2, 0.1), advanced=True
+    )
+    pose: Mapping[str, float] = strengths(
+        {}, "Where the head is, for an adapter that follows keypoints: yaw, pitch, roll, shift_x, shift_y, zoom.",
+        low=-1, high=2, advanced=True,
+    )  # fmt: skip
+    geometry: Photo = photo("A picture whose geometry is followed: a photo for a sketch, else a map.", advanced=True)
+    geometry_kind: str = choice("sketch", "What that picture shows.", KINDS, advanced=True)
+    geometry_strength: float = number(
+        1.0, "How closely it is followed.", low=0, high=3, slider=(0, 2, 0.1), advanced=True
     )
     people: tuple[Asked, ...] = people(
         "Several people instead of faces: the photos of each and, if you like, the part of the picture they are in."
@@ -66,9 +84,12 @@ class GenerateRequest(PersonRequest):
     def check(self) -> None:
         if self.people and self.faces:
             raise WrongRequest("faces are the photos of one person and people are several; give one of the two.")
-        for name, strength in self.sliders.items():
-            if not isinstance(strength, (int, float)):
-                raise WrongRequest(f"The slider '{name}' takes one number, not a curve.")
+        for field in ("sliders", "expression", "pose"):
+            for name, strength in getattr(self, field).items():
+                if not isinstance(strength, (int, float)):
+                    raise WrongRequest(f"{name} of {field} takes one number, not a curve.")
+        if self.expression and self.expression_from is not None:
+            raise WrongRequest("Give an expression by numbers or a photo to copy it from, not both.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +122,8 @@ class GeneratePipeline(Pipeline[GenerateRequest]):
         loras = self.worn_loras(request.loras)
         prompt = self.model.encode_text([request.prompt], request.negative_prompt or None, loras=loras)
         # An adapter that writes the prompt itself comes after the plain prompt, and the last one counts.
-        everything = [prompt, *who.conditions, *loras, *conditions]
+        shaped = [*self._expression(request, size), *self._geometry(request, size)]
+        everything = [prompt, *who.conditions, *shaped, *loras, *conditions]
         everything += self._slid(request, everything)
         model: Any = self.host(request.adapters)
         model = Windows(model, who.windows) if who.windows else model
@@ -177,7 +199,10 @@ class GeneratePipeline(Pipeline[GenerateRequest]):
     def _cast(self, request: GenerateRequest, size: tuple[int, int]) -> _Cast:
         if not request.people:
             person = self.person(request.faces, request.select, request.adapters)
-            return _Cast(() if person is None else (person,), conditions=tuple(self.identity(person, request, size)))
+            where = self._pose(request, size)
+            return _Cast(
+                () if person is None else (person,), conditions=tuple(self.identity(person, request, size, **where))
+            )
         everyone = tuple(
             cast("Person", self.person(one.photos, request.select, request.adapters)) for one in request.people
         )
@@ -214,6 +239,41 @@ class GeneratePipeline(Pipeline[GenerateRequest]):
         return _Cast(everyone, homes, windows=tuple(windows))
 
     # what else steers
+
+    def _pose(self, request: GenerateRequest, size: tuple[int, int]) -> dict[str, Any]:
+        """Where the keypoints go when a pose is asked for: a head's own geometry turned, not the photo's drawing."""
+        from facegen.models.geometry import posed_points
+
+        if not request.pose:
+            return {}
+        if not any(hasattr(self.loaded.adapters[name].adapter, "controlnet") for name in request.adapters):
+            raise WrongRequest("A pose needs photos of a person and an adapter that follows keypoints, like instantid.")
+        return {"points": posed_points(dict(request.pose), size)}
+
+    def _expression(self, request: GenerateRequest, size: tuple[int, int]) -> list[Condition]:
+        from facegen.adapter import AdapterRequest
+        from facegen.adapters.expression import Expression, coefficients
+
+        if not (request.expression or request.expression_from is not None) or not request.expression_strength:
+            return []
+        adapter = cast(Expression, self.control("expression"))
+        if request.expression_from is None:
+            row = coefficients(request.expression)
+        else:
+            row = adapter.gather([self.one_face(self.photo(request.expression_from), request.select, "that photo")])
+        asked = AdapterRequest(
+            height=size[0], width=size[1], scale=request.expression_strength, guidance=request.guidance_scale > 1
+        )
+        return adapter.conditions_from_embeddings(row, self.model, asked)
+
+    def _geometry(self, request: GenerateRequest, size: tuple[int, int]) -> list[Condition]:
+        from facegen.models.geometry import Geometry, read
+
+        if request.geometry is None or not request.geometry_strength:
+            return []
+        picture = read(request.geometry_kind, self.photo(request.geometry), size)
+        control = cast(Geometry, self.control(request.geometry_kind))
+        return [control.condition(picture, scale=request.geometry_strength)]
 
     def _slid(self, request: GenerateRequest, conditions: Sequence[Condition]) -> list[TextCondition]:
         """The last prompt of the run, moved by the sliders."""

@@ -16,7 +16,7 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from facegen import checkpoints
 from facegen.errors import CheckpointBroken, NoFaceFound, WeightsMissing, WrongRequest
@@ -74,6 +74,26 @@ _USUAL: Mapping[str, tuple[tuple[float, float, float, float], ...]] = {
 _ADDED = ("glasses", "hat", "beard", "earrings")
 
 
+def small_net(stem: Path, why: str) -> nn.Module:
+    """The net of `stem`.json with the weights of `stem`.safetensors, in float32, frozen.
+
+    Raises CheckpointBroken, and WeightsMissing with `why` it is needed.
+    """
+    weights, config = stem.with_suffix(checkpoints.SAFE), stem.with_suffix(".json")
+    if not (weights.is_file() and config.is_file()):
+        raise WeightsMissing(f"{weights} is missing, {why}.")
+    try:
+        net = network(json.loads(config.read_text("utf-8")))
+    except (ValueError, TypeError) as error:
+        raise CheckpointBroken(f"{config} does not describe a net ({error}); fetch the file again.") from error
+    tensors = checkpoints.read(weights)
+    for key, value in net.state_dict().items():
+        if key.endswith("num_batches_tracked"):
+            tensors.setdefault(key, value)
+    checkpoints.load_into(net, tensors, path=weights)
+    return net.float().eval().requires_grad_(False)
+
+
 @dataclass(frozen=True, eq=False)
 class FaceParser:
     """The net, ready to be used. `from_pretrained` is the way in."""
@@ -84,19 +104,7 @@ class FaceParser:
     def from_pretrained(cls, assets: Path | None = None) -> FaceParser:
         """The embedded model's, or that of another model laid out like it. Raises WeightsMissing, CheckpointBroken."""
         stem = (assets or resolve("mini")) / "judges" / "parsing"
-        weights, config = stem.with_suffix(checkpoints.SAFE), stem.with_suffix(".json")
-        if not (weights.is_file() and config.is_file()):
-            raise WeightsMissing(f"{weights} is missing, so parts of a face cannot be found by name; give a mask.")
-        try:
-            net = network(json.loads(config.read_text("utf-8")))
-        except (ValueError, TypeError) as error:
-            raise CheckpointBroken(f"{config} does not describe a net ({error}); fetch the file again.") from error
-        tensors = checkpoints.read(weights)
-        for key, value in net.state_dict().items():
-            if key.endswith("num_batches_tracked"):
-                tensors.setdefault(key, value)
-        checkpoints.load_into(net, tensors, path=weights)
-        return cls(cast(ParsingNet, net.float().eval().requires_grad_(False)))
+        return cls(cast(ParsingNet, small_net(stem, "so parts of a face cannot be found by name; give a mask")))
 
     def chances(self, pictures: Tensor) -> Tensor:
         """Probabilities (B, classes, H, W) of pictures (B, 3, H, W) in [0, 1] that show a portrait; differentiable."""
@@ -191,3 +199,13 @@ def _joined(found: Tensor, start: Tensor) -> Tensor:
     pieces = torch.from_numpy(labels).long()
     kept = torch.unique(pieces[(start[0] > 0) & (found[0] > 0)])
     return torch.isin(pieces, kept[kept > 0])[None].float()
+
+
+def portrait(photo: Image.Image, points: Array) -> Image.Image:
+    """The face with these points (5, 2) framed as the drawings are, SIDE pixels a side: what the small nets look at."""
+    matrix = similarity(ARCFACE_POINTS, points)  # from ArcFace's crop to the photo
+    x, y, across, down = _USUAL["face"][0]
+    centre = matrix[:, :2] @ [x, y] + matrix[:, 2]
+    half = max(across, down) * float((matrix[0, 0] ** 2 + matrix[1, 0] ** 2) ** 0.5)
+    box = (centre[0] - half, centre[1] - half, centre[0] + half, centre[1] + half)
+    return cut(photo, square(box, photo.size, around=AROUND), SIDE).image

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from facegen.errors import WeightsMissing, WrongRequest
 from facegen.training.cache import Cache, CachePlan, render_cache
+from facegen.training.controls import STAGES as CONTROLS
 from facegen.training.loop import STATE, Budget, LoopSettings, run, wear_average
 from facegen.training.record import MINI, record
 from facegen.world.sampling import HELD_OUT_FROM
@@ -286,6 +287,17 @@ def _write(objective: DiffusionObjective, shop: Workshop) -> None:
         adapter.save(shop.output / "adapters" / name, dtype=torch.float16)
 
 
+def teach_control(name: str) -> Callable[[Workshop], None]:
+    """The stage of one control beside the finished base model, only on demand."""
+
+    def stage(shop: Workshop) -> None:
+        from facegen.training.controls import train_control
+
+        train_control(name, shop)
+
+    return stage
+
+
 STAGES: Mapping[str, Callable[[Workshop], None]] = {
     "pictures": draw_pictures,
     **{name: train_perception(name) for name in PERCEPTION},
@@ -296,7 +308,10 @@ STAGES: Mapping[str, Callable[[Workshop], None]] = {
     "diffusion": train_diffusion,
     "instantid": train_instantid,
 }
-EXTRA: Mapping[str, Callable[[Workshop], None]] = {"write": write_model}
+EXTRA: Mapping[str, Callable[[Workshop], None]] = {
+    "write": write_model,
+    **{name: teach_control(name) for name in CONTROLS},
+}
 
 
 def train(
@@ -311,7 +326,8 @@ def train(
     """Run the named stages, all of them when none is named, in their order.
 
     ``budget`` is the share of the full recipe's steps and pictures; it must stay the same when a run goes on. The
-    stage "write", only on demand, writes the diffusion model of the last checkpoint without waiting for the end.
+    stage "write", only on demand, writes the diffusion model of the last checkpoint without waiting for the end; the
+    stages of the controls ("expression", "landmarks", "depth", …), learn beside the finished model in ``output``.
     Raises :class:`WrongRequest` for an unknown stage, :class:`WeightsMissing` where an earlier one is missing, and
     :class:`facegen.errors.Cancelled` on Ctrl-C; the same call goes on. ``start`` is a finished model (such as the
     embedded one) with which the diffusion begins instead of from nothing; its autoencoder is kept.

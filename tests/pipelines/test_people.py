@@ -62,7 +62,11 @@ def test_nobody_strong_is_nobody_and_widths_follow(worn: GeneratePipeline, drawn
 
 def test_each_ones_attention_keeps_to_their_part(worn: GeneratePipeline, drawn: Drawn) -> None:
     request = worn.resolve(
-        GenerateRequest(people=(drawn(1), Person(photos=(drawn(2),), box=(0.5, 0, 1, 1))), isolation="masks", **QUICK)
+        GenerateRequest(
+            people=(Person(photos=(drawn(1),)), Person(photos=(drawn(2),), box=(0.5, 0, 1, 1))),
+            isolation="masks",
+            **QUICK,
+        )
     )
     who = worn._cast(request, (64, 64))
     masks = [one.mask for one in who.conditions]  # type: ignore[attr-defined]
@@ -109,9 +113,8 @@ def test_the_report_tells_who_was_found_and_where(worn: GeneratePipeline, drawn:
 
 
 def test_people_are_written_down_and_typed() -> None:
-    request = GenerateRequest(
-        people=[{"photos": "a.png", "box": [0, 0, 0.5, 1], "strength": 0.5}, ["b.png", "c.png"]], **QUICK
-    )
+    people = [{"photos": "a.png", "box": [0, 0, 0.5, 1], "strength": 0.5}, ["b.png", "c.png"]]
+    request = rq.make(GenerateRequest, {"people": people, **QUICK})
     plain = json.loads(json.dumps(rq.to_json(request)))
     assert rq.from_json(GenerateRequest, plain) == request
     assert rq.photos_of(request) == ["a.png", "b.png", "c.png"]

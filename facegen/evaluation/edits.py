@@ -1,0 +1,355 @@
+"""Change one thing and keep the rest: the tasks measured on drawn people who were never trained on.
+
+Each protocol asks the tasks for pictures as anybody would (`call("inpaint", image=…)`) and has them judged by nets that
+condition nothing, against what the world knows to be true. A table per task: `facegen eval --task swap`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from facegen.images import to_pil, to_tensor
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from facegen.evaluation.judges import Judges
+    from facegen.world.parameters import Scenes
+
+Call = Callable[..., Any]
+"""call(task, **fields) → the Output of that task: pictures and reports."""
+Progress = Callable[[int, int], None]
+
+SLIDERS = ("smile", "age", "beard", "glasses", "hair_length", "skin", "masculine", "mouth_open")
+_TURNS = ("yaw", "pitch", "roll")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How many held-out people, with which settings of the run."""
+
+    people: int = 50
+    steps: int = 20
+    guidance: float = 3.0
+    seed: int = 0
+    size: int = 256  # pixels of the drawn photos
+
+    @property
+    def run(self) -> dict[str, Any]:
+        return {"num_inference_steps": self.steps, "guidance_scale": self.guidance, "seed": self.seed + 1}
+
+
+@dataclass(frozen=True)
+class Table:
+    """Numbers by row and column; a column that a row has nothing for is left out of it."""
+
+    title: str
+    rows: Mapping[str, Mapping[str, float]]
+    notes: tuple[str, ...] = field(default=())
+
+    def __str__(self) -> str:
+        columns = list(dict.fromkeys(column for row in self.rows.values() for column in row))
+        first = max(map(len, self.rows), default=0) + 2
+        widths = [max(len(column), 7) + 2 for column in columns]
+        head = " " * first + "".join(f"{column:>{width}}" for column, width in zip(columns, widths, strict=True))
+        lines = [
+            f"{name:<{first}}"
+            + "".join(
+                f"{row[column]:>{width}.3f}" if column in row else " " * (width - 1) + "–"
+                for column, width in zip(columns, widths, strict=True)
+            )
+            for name, row in self.rows.items()
+        ]
+        return "\n".join([self.title, head, *lines, *self.notes])
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, eq=False)
+class Drawn:
+    """People drawn once: their scenes, photos, and who they are by the judge (N, D)."""
+
+    scenes: Scenes
+    photos: tuple[Image.Image, ...]
+    judged: Tensor
+
+
+@dataclass(eq=False)
+class Bench:
+    """What every protocol needs: who asks, who judges, who is drawn."""
+
+    call: Call
+    judges: Judges
+    plan: Plan
+    tell: Progress
+    done: int = 0
+    total: int = 1
+
+    def drawn(self, picture: int) -> Drawn:
+        """Each person's picture of this number."""
+        from facegen.world.render import render
+        from facegen.world.sampling import HELD_OUT_FROM, scenes_for
+
+        names = range(HELD_OUT_FROM, HELD_OUT_FROM + self.plan.people)
+        scenes = scenes_for(self.plan.seed, names, [picture] * self.plan.people)
+        made = [render(scenes[[row]], self.plan.size) for row in range(len(scenes))]
+        pixels, points = (torch.cat([getattr(one, name) for one in made]) for name in ("rgb", "landmarks5"))
+        return Drawn(scenes, tuple(to_pil(one) for one in pixels), self.judges.embed(pixels, points).cpu())
+
+    def make(self, task: str, **fields: Any) -> Any:
+        """One call of a task, told to whoever waits."""
+        out = self.call(task, **{**self.plan.run, **fields})
+        self.done += 1
+        self.tell(self.done, self.total)
+        return out
+
+    def who(self, pictures: Sequence[Image.Image]) -> Tensor:
+        """(N, D) unit vectors; zero where there is no face."""
+        return torch.cat([self.judges.embed(to_tensor(one)[None]).cpu() for one in pictures])
+
+    def expression(self, pictures: Sequence[Image.Image]) -> Tensor:
+        """(N, units) as the judge of attributes reads them, NaN for units it does not know."""
+        from facegen.world.parameters import EXPRESSION
+
+        rows = []
+        for one in pictures:
+            seen = self.judges.attributes(to_tensor(one)[None])
+            rows.append([float(seen[unit.name]) if unit.name in seen else float("nan") for unit in EXPRESSION])
+        return torch.tensor(rows)
+
+    def turns(self, pictures: Sequence[Image.Image]) -> Tensor:
+        """(N, 3) yaw, pitch and roll in degrees, by the judge."""
+        seen = [self.judges.attributes(to_tensor(one)[None]) for one in pictures]
+        return torch.tensor([[float(one[name]) for name in _TURNS] for one in seen]).rad2deg()
+
+    def threshold(self, first: Drawn, second: Drawn) -> float:
+        """The cosine that one pair of strangers in a hundred reaches."""
+        cosines = second.judged @ first.judged.T
+        return float(cosines[~torch.eye(len(cosines), dtype=torch.bool)].quantile(0.99))
+
+
+def _error(found: Tensor, true: Tensor) -> float:
+    """Mean absolute difference where both are known."""
+    return float((found - true).abs().nanmean())
+
+
+def inpaint(bench: Bench) -> Table:
+    """A face painted anew by whoever has a photo of the person, and by whoever has none."""
+    first, second = bench.drawn(0), bench.drawn(1)
+    threshold = bench.threshold(first, second)
+    ways: dict[str, dict[str, Any]] = {
+        "without the person": {"identity": "nobody"},
+        "from the photo itself": {"identity": "photo"},
+        "from another photo": {},
+    }
+    bench.total = bench.plan.people * len(ways)
+    rows = {"the photo (ceiling)": _likeness(F.cosine_similarity(second.judged, first.judged), threshold)}
+    for name, fields in ways.items():
+        made, outside = [], 0.0
+        for row, photo in enumerate(second.photos):
+            given = fields if fields else {"faces": (first.photos[row],)}
+            out = bench.make("inpaint", image=photo, region="face", select="largest", **given)
+            made.append(out.images[0])
+            outside = max(outside, out.reports[0].measures["pixels changed outside"])
+        cosines = F.cosine_similarity(bench.who(made), first.judged)
+        rows[name] = {**_likeness(cosines, threshold), "changed outside": outside}
+    return Table(f"Inpaint: the face of {bench.plan.people} people painted anew", rows)
+
+
+def _likeness(cosines: Tensor, threshold: float) -> dict[str, float]:
+    return {"likeness": float(cosines.mean()), "TAR@1e-2": float((cosines > threshold).float().mean())}
+
+
+def swap(bench: Bench) -> Table:
+    """Each person into the photo of the next one."""
+    first, second = bench.drawn(0), bench.drawn(1)
+    targets = [*second.photos[1:], second.photos[0]]
+    judged = second.judged.roll(-1, 0)
+    expression, turns = bench.expression(targets), bench.turns(targets)
+    ways = ("adapters", "guidance", "both")
+    bench.total = bench.plan.people * len(ways)
+    rows = {"the target itself": _swapped(targets, bench, (first.judged, judged), (expression, turns))}
+    for way in ways:
+        made, outside = [], 0.0
+        for source, target in zip(first.photos, targets, strict=True):
+            out = bench.make("swap", source=source, target=target, method=way, select="largest")
+            made.append(out.images[0])
+            outside = max(outside, out.reports[0].measures["pixels changed outside"])
+        rows[way] = {
+            **_swapped(made, bench, (first.judged, judged), (expression, turns)), "changed outside": outside
+        }  # fmt: skip
+    return Table(f"Swap: {bench.plan.people} people, each into the photo of the next", rows)
+
+
+def _swapped(
+    made: Sequence[Image.Image], bench: Bench, people: tuple[Tensor, Tensor], shown: tuple[Tensor, Tensor]
+) -> dict[str, float]:
+    """people: sources and targets by the judge; shown: the targets' expressions and turns."""
+    who = bench.who(made)
+    right = (who @ people[0].T).argmax(1) == torch.arange(len(who))
+    return {
+        "to source": float(F.cosine_similarity(who, people[0]).mean()),
+        "to target": float(F.cosine_similarity(who, people[1]).mean()),
+        f"found among {len(who)}": float(right.float().mean()),
+        "expression error": _error(bench.expression(made), shown[0]),
+        "pose error, degrees": _error(bench.turns(made), shown[1]),
+    }
+
+
+def people(bench: Bench) -> Table:
+    """Two and three people in one picture, kept apart or not."""
+    first, second = bench.drawn(0), bench.drawn(1)
+    threshold = bench.threshold(first, second)
+    rows = {}
+    bench.total = 2 * 3 * (bench.plan.people // 3)
+    for count in (2, 3):
+        for way in ("none", "masks", "windows"):
+            asked = found = right = matched = 0
+            cosines = []
+            for start in range(0, bench.plan.people - count + 1, 3):
+                chosen = [(first.photos[row],) for row in range(start, start + count)]
+                size = bench.call("size", count=count)
+                out = bench.make("generate", people=chosen, isolation=way, height=size[0], width=size[1],
+                    prompt="a portrait of a person", select="largest")  # fmt: skip
+                report = out.reports[0]
+                found += report.faces == count
+                asked += 1
+                likeness = [one.likeness.cosine if one.likeness else 0.0 for one in report.people]
+                cosines += likeness or [0.0] * count
+                matched += sum(cosine > threshold for cosine in likeness)
+                right += sum(bool(one.at_home) for one in report.people)
+            rows[f"{count} people, {way}"] = {
+                "right count": found / asked,
+                "likeness": sum(cosines) / len(cosines),
+                "matched": matched / (asked * count),
+                "in their place": right / (asked * count),
+            }
+    return Table("Several people in one picture", rows)
+
+
+def repair(bench: Bench) -> Table:
+    """What the prompt asks for, with the person in the picture, before and after repair."""
+    from facegen.world.captions import captions_for
+    from facegen.world.sampling import HELD_OUT_FROM
+
+    first, second = bench.drawn(0), bench.drawn(1)
+    names = range(HELD_OUT_FROM, HELD_OUT_FROM + bench.plan.people)
+    texts = captions_for(bench.plan.seed, names, [1] * bench.plan.people, second.scenes, subject="person")
+    bench.total = 2 * bench.plan.people
+    rows = {}
+    for name, on in (("as it is", False), ("repaired", True)):
+        hit = asked = changed = 0
+        made = []
+        for photo, text in zip(first.photos, texts, strict=True):
+            out = bench.make("generate", faces=(photo,), prompt=text, repair=on, select="largest")
+            obedience = out.reports[0].obedience
+            asked += len(obedience.asked) if obedience else 0
+            hit += len(obedience.hit) if obedience else 0
+            changed += int(out.reports[0].measures.get("repaired", 0))
+            made.append(out.images[0])
+        rows[name] = {
+            "prompt": hit / max(asked, 1),
+            "likeness": float(F.cosine_similarity(bench.who(made), first.judged).mean()),
+            "pictures repaired": changed / bench.plan.people,
+        }
+    return Table(f"Prompt repair: {bench.plan.people} people", rows)
+
+
+def sliders(bench: Bench) -> Table:
+    """Each slider moved, every attribute measured: its own should move, the others and the person should not."""
+    first = bench.drawn(0)
+    columns = ("smile", "age", "beard", "hair_length", "skin_tone", "masculinity", "jaw_open", "yaw")
+    few = first.photos[: max(2, bench.plan.people // 5)]
+    bench.total = len(few) * (1 + 2 * len(SLIDERS))
+
+    def seen(pictures: Sequence[Image.Image]) -> Tensor:
+        answers = [bench.judges.attributes(to_tensor(one)[None]) for one in pictures]
+        return torch.tensor([[float(one[name]) for name in columns] for one in answers])
+
+    def made(**fields: Any) -> list[Image.Image]:
+        return [
+            bench.make("generate", faces=(photo,), prompt="a portrait of a person", select="largest", **fields).images[
+                0
+            ]
+            for photo in few
+        ]
+
+    base = made()
+    rest, who = seen(base), bench.who(base)
+    rows = {}
+    for name in SLIDERS:
+        less, more = made(sliders={name: -1.0}), made(sliders={name: 1.0})
+        low, high = seen(less), seen(more)
+        moved = (high - low).mean(0)
+        monotone = ((low <= rest) & (rest <= high)).float().mean(0)
+        kept = torch.cat([F.cosine_similarity(bench.who(one), who) for one in (less, more)])
+        place = {"skin": "skin_tone", "masculine": "masculinity", "mouth_open": "jaw_open"}.get(name, name)
+        rows[name] = {
+            **{column: float(value) for column, value in zip(columns, moved, strict=True)},
+            "same person": float(kept.mean()),
+            **({"monotone": float(monotone[columns.index(place)])} if place in columns else {}),
+        }
+    return Table("Sliders: from -1 to 1, by how much each attribute moves", rows)
+
+
+def expression(bench: Bench) -> Table:
+    """The expressions of other pictures asked for by numbers, beside the person, against no control and the truth."""
+    from facegen.world.parameters import EXPRESSION
+
+    first, second = bench.drawn(0), bench.drawn(1)
+    wanted = second.scenes.expression.roll(1, 0)  # somebody else's: the person's own photo cannot give it away
+    units = [unit.name for unit in EXPRESSION]
+    known = ~bench.expression(first.photos[:1])[0].isnan()
+    bench.total = 2 * bench.plan.people
+    rows: dict[str, dict[str, float]] = {}
+
+    def judge(name: str, pictures: Sequence[Image.Image], true: Tensor) -> None:
+        found = bench.expression(pictures)[:, known]
+        goal = true[:, known]
+        both = torch.stack([found - found.mean(0), goal - goal.mean(0)])
+        correlation = (both[0] * both[1]).sum(0) / both.square().sum(1).prod(0).sqrt().clamp(min=1e-6)
+        rows[name] = {
+            "error": _error(found, goal),
+            "correlation": float(correlation.mean()),
+            "likeness": float(F.cosine_similarity(bench.who(pictures), first.judged).mean()),
+        }
+
+    from facegen.world.render import render
+
+    truth = first.scenes.with_values(**{name: wanted[:, place] for place, name in enumerate(units)})
+    judge("drawn (ceiling)", [to_pil(render(truth[[row]], 128).rgb) for row in range(len(truth))], wanted)
+    for name, controlled in (("no control", False), ("adapter", True)):
+        made = []
+        for row, photo in enumerate(first.photos):
+            asked = dict(zip(units, wanted[row].tolist(), strict=True)) if controlled else {}
+            out = bench.make("generate", faces=(photo,), expression=asked, prompt="a portrait of a person",
+                select="largest")  # fmt: skip
+            made.append(out.images[0])
+        judge(name, made, wanted)
+    return Table(f"Expression by numbers: {bench.plan.people} people", rows)
+
+
+PROTOCOLS: Mapping[str, Callable[[Bench], Table]] = {
+    "inpaint": inpaint,
+    "swap": swap,
+    "people": people,
+    "repair": repair,
+    "sliders": sliders,
+    "expression": expression,
+}
+
+
+@torch.no_grad()
+def run(name: str, call: Call, plan: Plan, on_progress: Progress | None = None) -> Table:
+    """One protocol's table. Raises WeightsMissing, and whatever the task raises."""
+    from facegen.evaluation.judges import load_judges
+
+    return PROTOCOLS[name](Bench(call, load_judges(), plan, on_progress or (lambda done, total: None)))
