@@ -234,7 +234,8 @@ def asked(**more: Any) -> AdapterRequest:
         "normals": torch.rand(1, 3, 64, 64, generator=generator),
         "reference": torch.rand(1, 3, 64, 64, generator=generator),
     }
-    return AdapterRequest(height=64, width=64, **{name: given[name] for name in given if more.pop(name, True)}, **more)
+    chosen: dict[str, Any] = {name: given[name] for name in given if more.pop(name, True)}
+    return AdapterRequest(height=64, width=64, **chosen, **more)
 
 
 def seen_by(adapter: Arc2Face, model: Model, request: AdapterRequest) -> Tensor:
@@ -265,12 +266,12 @@ def test_the_expression_is_read_as_diffusers_reads_it(whole: Arc2Face, model: Mo
     assert expression.width == 55
     numbers = torch.randn(2, 55, generator=torch.Generator().manual_seed(1))
     uncond, cond = expression.tokens(numbers, guidance=True)
-    projector = expression.image_proj
+    projector: Any = expression.image_proj
     assert cond.shape == (2, 2, model.text_width)
-    hidden = torch.nn.functional.gelu(projector.proj[0](numbers))  # type: ignore[index]
-    wanted = projector.norm(projector.proj[2](hidden).view(2, 2, -1))  # type: ignore[index]
+    hidden = torch.nn.functional.gelu(projector.proj[0](numbers))
+    wanted = projector.norm(projector.proj[2](hidden).view(2, 2, -1))
     assert torch.allclose(cond, wanted, atol=1e-6)
-    nothing = projector.proj[2](torch.nn.functional.gelu(projector.proj[0].bias))  # type: ignore[index]
+    nothing = projector.proj[2](torch.nn.functional.gelu(projector.proj[0].bias))
     assert torch.allclose(uncond[0], projector.norm(nothing.view(2, -1)), atol=1e-6)
     with pytest.raises(WrongRequest, match="55 numbers here, not 50"):
         expression.tokens(torch.zeros(1, 50), guidance=True)

@@ -46,7 +46,7 @@ def test_prompt_controlnet_tokens_and_loras_together(made: Made, model: Model, c
     layer = next(one for one in model.attention_layers if not one.cross)
     name = layer.name.removesuffix("processor") + "to_q"
     generator = torch.Generator().manual_seed(1)
-    loras = [
+    loras: list[Condition] = [
         LoraCondition(
             layers={
                 name: LowRankWeights(

@@ -58,7 +58,7 @@ class Slow(nn.Module):
         weighed = (query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5).softmax(-1) @ value
         found = w.attn.to_out(weighed.transpose(1, 2).flatten(2))[:, : x.shape[1]]
         moved = x + self.scale * torch.tanh(w.alpha_attn) * found
-        inside, gate = w.ff.net[0].proj(w.norm2(moved)).chunk(2, dim=-1)  # type: ignore[union-attr, operator]
+        inside, gate = w.ff.net[0].proj(w.norm2(moved)).chunk(2, dim=-1)  # type: ignore[operator]
         moved = moved + self.scale * torch.tanh(w.alpha_dense) * w.ff.net[2](inside * F.gelu(gate))
         out: Tensor = self.attention(self.norm(moved), **more) + moved - x
         return out

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from facegen import checkpoints, schedulers
-from facegen.adapter import AdapterRequest, load_adapter
-from facegen.adapters.wplus import WPlus, delayed
+from facegen.adapter import AdapterRequest, delayed, load_adapter
+from facegen.adapters.wplus import WPlus
 from facegen.conditions import TokenCondition
 from facegen.denoise import Guidance, denoise
 from facegen.errors import CheckpointBroken, WrongRequest
