@@ -1,245 +1,171 @@
-"""Seconds per picture and peak memory: facegen's loop beside plain diffusers, on the same weights, in one process.
+"""Seconds per picture and peak memory: facegen beside diffusers' own pipelines, same weights, noise and process.
 
-    python -m tests.bench.bench_generate --model facegen/assets/mini/base --steps 20 --out bench.json
+    python -m tests.bench.bench_generate --model facegen/assets/mini/base --out bench.md
+    python -m tests.bench.bench_generate --model random-sdxl --cases text face instantid regions --steps 10
 
-Both sides make the same picture from the same noise (the difference is reported), in turn, so that a busy machine
-slows both alike. Times are medians of what each side took; `ratio` is the median of diffusers/facegen over the pairs
-(above 1: facegen is faster).
-Peak memory is measured in a child process for each side: CUDA's peak where there is a GPU, else the process's largest
-resident set, loading included.
+All sides make the picture from the same noise, in turn, so that a busy machine slows all alike. Times are medians;
+`ratio` is the median of diffusers' time over this side's, round by round (above 1: faster than diffusers), and
+`difference` the largest between the latents, over diffusers' largest. Peak memory is measured in a child process for
+each side: CUDA's peak where there is a GPU, else the process's largest resident set, loading included. With random
+models (random, random-sd15, random-sdxl: the true sizes) prompts are given as embeddings.
+
+diffusers' side is its ControlNet and IP-Adapter pipeline; InstantID's ControlNet reads the prompt there, and so it does
+here. --clock cpu counts processor time of this process instead of wall time, for machines with other work.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import logging
+import platform
 import resource
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tests.bench.cases import CASES, SMALL, UNETS, Case, load
+
 logger = logging.getLogger("bench_generate")
 
 ROOT = Path(__file__).resolve().parents[2]
-SIDES = ("facegen", "diffusers")
-CASES = ("text", "control", "faces")
+SIDES = ("diffusers", "facegen", "packed", "triton", "fast", "fastest")
+SCALE, CONTROL = 0.6, 0.7
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What is run: a model folder, a case, steps, pictures at a time, height and width in pixels, guidance scale."""
+    """model: a folder or a random model; size: side in pixels, the model's own by default; clock: wall or cpu."""
 
     model: str
     case: str
     steps: int
     pictures: int
     size: int | None
-    scale: float = 6.0
-    scheduler: str = "ddim"
+    guidance: float = 6.0
+    clock: str = "wall"
 
     @property
-    def device(self) -> str:
-        """The GPU where there is one."""
-        return "cuda" if torch.cuda.is_available() else "cpu"
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Half precision on a GPU."""
-        return torch.float16 if self.device == "cuda" else torch.float32
+    def where(self) -> tuple[str, torch.dtype]:
+        """The GPU in bfloat16 where there is one."""
+        return ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
 
 
-def draw(seed: int, *shape: int) -> Tensor:
-    """Unit-variance numbers from a seed."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def random_model(folder: Path) -> Path:
-    """A small random Stable Diffusion 1.x, for machines without weights; its pictures mean nothing, its arithmetic
-    does.
-    """
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-
-    letters = [chr(code) for code in range(33, 127)]
-    pieces = letters + [f"{letter}</w>" for letter in letters] + ["<|startoftext|>", "<|endoftext|>"]
-    words = folder / "words"
-    words.mkdir(parents=True)
-    (words / "vocab.json").write_text(json.dumps({piece: index for index, piece in enumerate(pieces)}))
-    (words / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = CLIPTokenizer.from_pretrained(words, model_max_length=77)
-    ends = {"bos_token_id": len(pieces) - 2, "eos_token_id": len(pieces) - 1, "pad_token_id": len(pieces) - 1}
-    width = 96
-    StableDiffusionPipeline(
-        vae=AutoencoderKL(
-            block_out_channels=(32, 64),
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            latent_channels=4,
-        ),
-        text_encoder=CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=len(pieces),
-                hidden_size=width,
-                num_hidden_layers=2,
-                num_attention_heads=3,
-                intermediate_size=192,
-                **ends,
-            )
-        ),
-        tokenizer=tokenizer,
-        unet=UNet2DConditionModel(
-            sample_size=16,
-            block_out_channels=(32, 64, 96),
-            layers_per_block=2,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            cross_attention_dim=width,
-            attention_head_dim=4,
-        ),
-        scheduler=DDIMScheduler(
-            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
-        ),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    ).save_pretrained(folder)
-    return folder
-
-
-# --- what both sides share ------------------------------------------------------------------------------------------
-
-
-def face_weights(unet: Any, seed: int) -> dict[str, dict[str, Tensor]]:
-    """Random IP-Adapter weights in the official key format, 4 tokens."""
-    from facegen.attention.weights import layer_widths
-
-    width = int(unet.config["cross_attention_dim"])
-    names = list(unet.attn_processors)
-    widths = layer_widths(names, tuple(unet.config["block_out_channels"]))
-    tensors = {
-        f"{index}.to_{part}_ip.weight": draw(seed + index, widths[index], width) / width**0.5
-        for index, name in enumerate(names)
-        if ".attn2." in name
-        for part in "kv"
-    }
-    head = {
-        "proj.weight": draw(seed, 4 * width, 64) / 8,
-        "proj.bias": torch.zeros(4 * width),
-        "norm.weight": torch.ones(width),
-        "norm.bias": torch.zeros(width),
-    }
-    return {"image_proj": head, "ip_adapter": tensors}
-
-
-def control_net(unet: Any) -> Any:
-    """A ControlNet with random weights."""
-    from diffusers import ControlNetModel
-
-    net = ControlNetModel.from_unet(unet)
-    generator = torch.Generator().manual_seed(4)
-    for name, parameter in net.named_parameters():
-        if name.startswith("controlnet_"):
-            parameter.data = torch.randn(parameter.shape, generator=generator).to(parameter) * 0.02
-    return net.eval().requires_grad_(False)
-
-
-FACES = 2
-
-
-def facegen_side(setup: Setup) -> Callable[[], Tensor]:
-    """A function that makes the pictures' latents with facegen."""
+def facegen_side(setup: Setup, case: Case, side: str) -> Callable[[], Tensor]:
+    """A function that makes the pictures' latents with facegen; side: how."""
+    from facegen.attention.backends import BACKENDS
     from facegen.attention.weights import KV
-    from facegen.conditions import Condition, ControlCondition, TokenCondition
+    from facegen.conditions import Condition, ControlCondition, TextCondition, TokenCondition
     from facegen.denoise import Guidance, denoise
-    from facegen.models.base import Model
+    from facegen.economy import PRESETS
+    from facegen.memory import MemoryPlan
+    from facegen.models.packed import pack
+    from facegen.models.sd15 import SD15Model
+    from facegen.models.sdxl import SDXLModel
     from facegen.schedulers import build, start
 
-    model = Model.from_pretrained(setup.model, dtype=setup.dtype, device=setup.device)
-    height, width = (setup.size, setup.size) if setup.size else model.default_size
-    latents = draw(1, setup.pictures, *model.latent_shape(height, width))
-    more: list[Condition] = []
-    if setup.case == "control":
-        net = control_net(model.unet).to(setup.device, setup.dtype)
-        image = draw(2, setup.pictures, 3, height, width).sigmoid().to(setup.device)
-        more.append(ControlCondition(controlnet=net, image=image, scale=0.7, span=(0.0, 0.5)))
-    if setup.case == "faces":
-        for seed in range(FACES):
-            state = face_weights(model.unet, 100 * seed)
-            layers = {}
-            for layer in model.attention_layers:
-                if layer.cross:
-                    kv = KV(model.text_width, layer.width).to(setup.device, setup.dtype)
-                    kv.to_k.weight.data.copy_(state["ip_adapter"][f"{layer.index}.to_k_ip.weight"])
-                    kv.to_v.weight.data.copy_(state["ip_adapter"][f"{layer.index}.to_v_ip.weight"])
-                    layers[layer.index] = kv
-            head = state["image_proj"]
-            embeds = torch.cat([torch.zeros(setup.pictures, 64), draw(seed, 1, 64).expand(setup.pictures, -1)])
-            rows = torch.nn.functional.linear(embeds, head["proj.weight"], head["proj.bias"]).reshape(
-                2 * setup.pictures, 4, -1
-            )
-            tokens = torch.nn.functional.layer_norm(rows, rows.shape[-1:], head["norm.weight"], head["norm.bias"])
-            pair = tokens.unflatten(0, (2, setup.pictures))
-            more.append(TokenCondition(tokens=pair, layers=layers, scale=0.6))
+    device, dtype = setup.where
+    parts = {"unet": case.unet, "vae": case.vae, "text_encoder": case.text_encoder, "tokenizer": case.tokenizer}
+    further = {"text_encoder_2": None, "tokenizer_2": None} if case.xl else {}
+    kind = SDXLModel if case.xl else SD15Model
+    model = kind.from_parts(
+        {**parts, **further, "scheduler_config": case.schedule}, MemoryPlan(torch.device(device), dtype)
+    )
+    model.economy = PRESETS.get(side, PRESETS["exact"])
+    model.backend = BACKENDS.get(side, BACKENDS["sdpa"])
+    people = []
+    for person in case.people:
+        layers = {}
+        for layer in model.attention_layers:
+            if layer.cross:
+                kv = KV(model.text_width, layer.width).to(device, dtype).requires_grad_(False)
+                kv.to_k.weight.data.copy_(person.weights[f"{layer.index}.to_k_ip.weight"])
+                kv.to_v.weight.data.copy_(person.weights[f"{layer.index}.to_v_ip.weight"])
+                layers[layer.index] = kv
+        people.append((person, layers))
+    if side not in ("facegen", "triton"):
+        pack(model.unet, *(one for one in (case.net, case.text_encoder) if one is not None))
 
+    @torch.no_grad()
     def make() -> Tensor:
-        scheduler = build(setup.scheduler, model.scheduler_config, setup.steps, device=setup.device)
-        text = model.encode_text(["a face"] * setup.pictures, ["blurry"])
-        begin = start(scheduler, latents.to(setup.device, setup.dtype))
-        return denoise(model, begin, scheduler, [text, *more], Guidance(setup.scale))
+        scheduler = build("ddim", model.scheduler_config, setup.steps, device=device)
+        if case.text is None:
+            text = model.encode_text(["a face"] * setup.pictures, ["blurry"])
+        else:
+            text = TextCondition(embeds=case.text, pooled=case.pooled)
+        conditions: list[Condition] = [text]
+        for person, layers in people:
+            tokens = person.projector(person.embeds.flatten(0, 1)).unflatten(0, (2, -1))
+            conditions.append(TokenCondition(tokens=tokens, layers=layers, scale=SCALE, mask=person.mask))
+        if case.net is not None and case.image is not None:
+            conditions.append(ControlCondition(controlnet=case.net, image=case.image, scale=CONTROL))
+        return denoise(model, start(scheduler, case.latents), scheduler, conditions, Guidance(setup.guidance))
 
     return make
 
 
-def diffusers_side(setup: Setup) -> Callable[[], Tensor]:
+def diffusers_side(setup: Setup, case: Case, side: str) -> Callable[[], Tensor]:
     """The same with diffusers' own pipeline."""
     import diffusers
-    from diffusers import StableDiffusionControlNetPipeline, StableDiffusionPipeline
 
-    from facegen.schedulers import SCHEDULERS
-
-    load: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False, "dtype": setup.dtype}
-    pipe: Any = StableDiffusionPipeline.from_pretrained(setup.model, **load)
-    name, changes = SCHEDULERS[setup.scheduler]
-    pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config, **changes)
-    factor = pipe.vae_scale_factor
-    side = setup.size or pipe.unet.config["sample_size"] * factor
-    latents = draw(1, setup.pictures, pipe.unet.config["in_channels"], side // factor, side // factor)
-    more: dict[str, Any] = {}
-    if setup.case == "control":
-        net = control_net(pipe.unet)
-        parts = {key: part for key, part in pipe.components.items() if key != "image_encoder"}
-        pipe = StableDiffusionControlNetPipeline(**parts, controlnet=net, requires_safety_checker=False)
-        image = draw(2, setup.pictures, 3, side, side).sigmoid()
-        more = {"image": image, "controlnet_conditioning_scale": 0.7, "control_guidance_end": 0.5}
-    if setup.case == "faces":
-        states = [face_weights(pipe.unet, 100 * seed) for seed in range(FACES)]
-        blank = [""] * FACES
-        pipe.load_ip_adapter(states, subfolder=blank, weight_name=blank, image_encoder_folder=None)
-        pipe.set_ip_adapter_scale([0.6] * FACES)
-        embeds = [torch.stack([torch.zeros(1, 64), draw(seed, 1, 64)]) for seed in range(FACES)]
-        more = {"ip_adapter_image_embeds": [e.to(setup.device, setup.dtype) for e in embeds]}
-    pipe.to(setup.device)
+    parts: dict[str, Any] = {
+        "unet": case.unet, "vae": case.vae, "text_encoder": case.text_encoder, "tokenizer": case.tokenizer,
+        "scheduler": diffusers.DDIMScheduler.from_config(case.schedule),
+    }  # fmt: skip
+    name = "StableDiffusion" + ("XL" if case.xl else "") + ("ControlNet" if case.net is not None else "") + "Pipeline"
+    if case.net is not None:
+        parts["controlnet"] = case.net
+    if case.xl:
+        parts |= {"text_encoder_2": None, "tokenizer_2": None, "add_watermarker": False}
+    else:
+        parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    pipe: Any = getattr(diffusers, name)(**parts)
     pipe.set_progress_bar_config(disable=True)
+    more: dict[str, Any] = {}
+    if case.people:
+        width = int(case.unet.config["cross_attention_dim"])
+        head = {
+            "proj.weight": torch.zeros(4 * width, 512),
+            "proj.bias": torch.zeros(4 * width),
+            "norm.weight": torch.zeros(width),
+            "norm.bias": torch.zeros(width),
+        }
+        blank = [""] * len(case.people)
+        saved = [{"image_proj": head, "ip_adapter": person.weights} for person in case.people]
+        pipe.load_ip_adapter(saved, subfolder=blank, weight_name=blank, image_encoder_folder=None)
+        pipe.unet.to(*setup.where)
+        for place, person in enumerate(case.people):
+            pipe.unet.encoder_hid_proj.image_projection_layers[place] = person.projector
+        pipe.set_ip_adapter_scale([SCALE] * len(case.people))
+        more["ip_adapter_image_embeds"] = [person.embeds for person in case.people]
+        masks = [person.mask[None] for person in case.people if person.mask is not None]
+        if masks:
+            more["cross_attention_kwargs"] = {"ip_adapter_masks": [mask.to(case.latents.device) for mask in masks]}
+    if case.net is not None:
+        more |= {"image": case.image, "controlnet_conditioning_scale": CONTROL}
+    if case.text is None:
+        more |= {"prompt": ["a face"] * setup.pictures, "negative_prompt": ["blurry"] * setup.pictures}
+    else:
+        more |= {"negative_prompt_embeds": case.text[0], "prompt_embeds": case.text[1]}
+    if case.pooled is not None:
+        more |= {"negative_pooled_prompt_embeds": case.pooled[0], "pooled_prompt_embeds": case.pooled[1]}
 
     def make() -> Tensor:
         return pipe(
-            prompt=["a face"] * setup.pictures,
-            negative_prompt=["blurry"] * setup.pictures,
             num_inference_steps=setup.steps,
-            guidance_scale=setup.scale,
-            height=side,
-            width=side,
-            latents=latents.to(setup.device, setup.dtype),
+            guidance_scale=setup.guidance,
+            height=case.side,
+            width=case.side,
+            latents=case.latents,
             output_type="latent",
             **more,
         ).images
@@ -247,47 +173,52 @@ def diffusers_side(setup: Setup) -> Callable[[], Tensor]:
     return make
 
 
-BUILD = {"facegen": facegen_side, "diffusers": diffusers_side}
+def build_side(setup: Setup, side: str) -> Callable[[], Tensor]:
+    """Each side has modules of its own: a pipeline may change what it is given."""
+    case = load(setup.model, setup.case, setup.pictures, setup.size, setup.where)
+    return (diffusers_side if side == "diffusers" else facegen_side)(setup, case, side)
 
 
 # --- measuring ------------------------------------------------------------------------------------------------------
 
 
-def timed(make: Callable[[], Tensor]) -> tuple[float, Tensor]:
-    """Wall seconds of one call, and what it made."""
+def timed(make: Callable[[], Tensor], clock: str) -> tuple[float, Tensor]:
+    """Seconds of one call, and what it made."""
+    read = time.process_time if clock == "cpu" else time.perf_counter
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    begin = time.perf_counter()
+    begin = read()
     made = make()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter() - begin, made
+    return read() - begin, made
 
 
-def compare(setup: Setup, repeats: int) -> dict[str, Any]:
-    """Both sides in turn, `repeats` times after a warm-up."""
-    makers = {side: BUILD[side](setup) for side in SIDES}
-    warm = {side: timed(make)[1] for side, make in makers.items()}
-    seconds: dict[str, list[float]] = {side: [] for side in SIDES}
+def compare(setup: Setup, sides: tuple[str, ...], repeats: int) -> list[dict[str, Any]]:
+    """All sides in turn, `repeats` times after a warm-up, forwards and backwards."""
+    makers = {side: build_side(setup, side) for side in sides}
+    first = {side: timed(make, setup.clock)[1] for side, make in makers.items()}
+    seconds: dict[str, list[float]] = {side: [] for side in sides}
     for place in range(repeats):
-        order = SIDES if place % 2 == 0 else SIDES[::-1]
-        for side in order:
-            seconds[side].append(timed(makers[side])[0] / setup.pictures)
-    difference = (warm["facegen"] - warm["diffusers"]).abs().max() / warm["diffusers"].abs().max()
-    pairs = [theirs / ours for ours, theirs in zip(seconds["facegen"], seconds["diffusers"], strict=True)]
-    return {
-        **asdict(setup),
-        "repeats": repeats,
-        "seconds_per_picture": {side: round(statistics.median(found), 4) for side, found in seconds.items()},
-        "ratio": round(statistics.median(pairs), 3),
-        "ratios": [round(pair, 3) for pair in pairs],
-        "relative_difference": float(difference),
-    }
+        for side in sides if place % 2 == 0 else sides[::-1]:
+            seconds[side].append(timed(makers[side], setup.clock)[0] / setup.pictures)
+    exact = first["diffusers"].float()
+    return [
+        {
+            **asdict(setup),
+            "side": side,
+            "repeats": repeats,
+            "seconds": statistics.median(seconds[side]),
+            "ratio": statistics.median(a / b for a, b in zip(seconds["diffusers"], seconds[side], strict=True)),
+            "difference": float((first[side].float() - exact).abs().max() / exact.abs().max()),
+        }
+        for side in sides
+    ]
 
 
 def peak(setup: Setup, side: str) -> float:
     """Peak memory in MiB: of one call on a GPU; elsewhere the process's largest resident set, loading included."""
-    make = BUILD[side](setup)
+    make = build_side(setup, side)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         make()
@@ -298,7 +229,7 @@ def peak(setup: Setup, side: str) -> float:
 
 def peak_in_a_child(setup: Setup, side: str) -> float:
     """The same in a process of its own, so that the sides do not hide one another."""
-    arguments = ["--model", setup.model, "--case", setup.case, "--steps", str(setup.steps), "--peak-of", side]
+    arguments = ["--model", setup.model, "--cases", setup.case, "--steps", "2", "--peak-of", side]
     arguments += ["--pictures", str(setup.pictures), *(["--size", str(setup.size)] if setup.size else [])]
     run = subprocess.run(
         [sys.executable, "-m", "tests.bench.bench_generate", *arguments],
@@ -310,47 +241,78 @@ def peak_in_a_child(setup: Setup, side: str) -> float:
     return float(run.stdout.strip().splitlines()[-1])
 
 
+def machine() -> dict[str, str]:
+    """What the figures depend on."""
+    import diffusers
+
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
+    threads = "" if torch.cuda.is_available() else f", {torch.get_num_threads()} thread(s)"
+    versions = f"torch {torch.__version__}, diffusers {diffusers.__version__}"
+    return {"date": datetime.date.today().isoformat(), "device": name + threads, "versions": versions}
+
+
+def table(found: list[dict[str, Any]], where: dict[str, str]) -> str:
+    """The results in Markdown."""
+    setup = found[0]
+    lines = [
+        f"## {Path(setup['model']).as_posix()}, {setup['steps']} steps, {setup['pictures']} at a time",
+        "",
+        f"{', '.join(where.values())}; {setup['clock']} time, median of {setup['repeats']}.",
+        "",
+        "| case | side | s per picture | × diffusers | difference | peak MiB |",
+        "| --- | --- | ---: | ---: | ---: | ---: |",
+    ]
+    for row in found:
+        memory = f"{row['peak_mib']:.0f}" if "peak_mib" in row else "–"
+        lines.append(
+            f"| {row['case']} | {row['side']} | {row['seconds']:.3f} | {row['ratio']:.2f} |"
+            f" {row['difference']:.1e} | {memory} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
-    """Parse, measure, write JSON."""
+    """Parse, measure, write Markdown, and JSON beside it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--model", help="diffusers folder of a Stable Diffusion 1.x; default: a small random one")
-    parser.add_argument("--case", choices=(*CASES, "all"), default="all")
+    parser.add_argument("--model", default=SMALL, help=f"a diffusers folder, or {', '.join(UNETS)}")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=["text", "face", "instantid", "regions"])
+    parser.add_argument("--sides", nargs="+", choices=SIDES[1:], default=["facegen", "packed", "fast", "fastest"])
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--pictures", type=int, default=1, help="pictures made at a time")
+    parser.add_argument("--pictures", type=int, nargs="+", default=[1], help="pictures made at a time")
     parser.add_argument("--size", type=int, help="side in pixels; default: the model's own")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path, help="where to write the JSON; default: standard output")
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
+    parser.add_argument("--no-memory", action="store_true", help="skip the child processes that measure memory")
+    parser.add_argument("--out", type=Path, help="Markdown file to append to (and .json); default: standard output")
     parser.add_argument("--peak-of", choices=SIDES, help=argparse.SUPPRESS)
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("diffusers").setLevel(logging.ERROR)
-    torch.set_grad_enabled(False)
-    with tempfile.TemporaryDirectory() as folder:
-        model = options.model or str(random_model(Path(folder) / "random"))
-        results = []
-        for case in CASES if options.case == "all" else (options.case,):
-            setup = Setup(model, case, options.steps, options.pictures, options.size)
-            if options.peak_of:
-                sys.stdout.write(f"{peak(setup, options.peak_of)}\n")
-                return
-            found = compare(setup, options.repeats)
-            found["peak_mib"] = {side: round(peak_in_a_child(setup, side), 1) for side in SIDES}
-            logger.info(
-                "%-8s facegen %.3f s, diffusers %.3f s per picture, ratio %.2f, memory %s MiB",
-                case,
-                found["seconds_per_picture"]["facegen"],
-                found["seconds_per_picture"]["diffusers"],
-                found["ratio"],
-                found["peak_mib"],
-            )
-            results.append(found)
-    machine = {"torch": torch.__version__, "threads": torch.get_num_threads()}
-    machine["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    text = json.dumps({"machine": machine, "results": results}, indent=2)
-    if options.out:
-        options.out.write_text(text + "\n")
-    else:
-        sys.stdout.write(text + "\n")
+    import diffusers
+
+    diffusers.logging.set_verbosity_error()
+    setup = Setup(options.model, options.cases[0], options.steps, options.pictures[0], options.size)
+    if options.peak_of:
+        sys.stdout.write(f"{peak(setup, options.peak_of)}\n")
+        return
+    where = machine()
+    for pictures in options.pictures:
+        found: list[dict[str, Any]] = []
+        for case in options.cases:
+            one = replace(setup, case=case, pictures=pictures, clock=options.clock)
+            rows = compare(one, ("diffusers", *options.sides), options.repeats)
+            if not options.no_memory:
+                rows = [{**row, "peak_mib": peak_in_a_child(one, row["side"])} for row in rows]
+            for row in rows:
+                logger.info("%-10s %-10s %.3f s, ratio %.2f", case, row["side"], row["seconds"], row["ratio"])
+            found += rows
+            # Written after each case: a run that is cut short keeps what it has.
+            if options.out:
+                options.out.with_suffix(".json").write_text(json.dumps({"machine": where, "results": found}, indent=2))
+        if options.out:
+            with options.out.open("a", encoding="utf-8") as file:
+                file.write(table(found, where) + "\n")
+        else:
+            sys.stdout.write(table(found, where))
 
 
 if __name__ == "__main__":
