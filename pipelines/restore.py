@@ -27,6 +27,7 @@ EVERYBODY = "all"
 _SHARES = (1.0, 0.75, 0.5, 0.25, 0.0)  # of the restored face, tried in turn until it is still the same person
 _SAME = 0.3  # cosine, where a face pack does not say from which on two photos count as one person
 _COARSE = 2  # latents a side whose mean must stay what it was in the damaged face
+_KEPT = (128, 24)  # shares of a face's crop: of blurs not worth mending, and of the worst that is reckoned with
 _SOFT = 0.12  # of the face's width, over which a restored face fades in
 # ParseNet's and BiSeNet's classes that are not taken from the restored face; the official helpers' choice.
 _LEFT = ("background", "hat", "necklace", "neck", "cloth")
@@ -310,7 +311,7 @@ class RestorePipeline(Pipeline[RestoreRequest]):
     ) -> Iterator[tuple[int, Tensor]]:
         import torch
 
-        from facegen.restoration.faces import with_coarse
+        from facegen.restoration.faces import blur_width, with_coarse
 
         if request.change == 0:
             yield from ((index, seen) for index in batch)
@@ -323,11 +324,14 @@ class RestorePipeline(Pipeline[RestoreRequest]):
             self._consistency(seen),
             *conditions,
         ]
+        # The blurrier the face, the less of it is worth keeping; a little more or less of that is fidelity.
+        finest, coarsest = (job.crop.size / share for share in _KEPT)
+        sigma = min(max(blur_width(seen), finest), coarsest) * 4 ** (0.5 - request.fidelity)
         everywhere = torch.ones(1, *size)
         for places, made in self.repaint(request, seen, everywhere, steering, watch, batch):
             for index, one in zip(places, made, strict=True):
                 if index in batch:
-                    yield index, with_coarse(one, seen)
+                    yield index, with_coarse(one, seen, sigma)
 
     def _consistency(self, seen: Tensor) -> Condition:
         """Keeps what is coarse in the latents as the damaged face (3, S, S) has it, step by step.

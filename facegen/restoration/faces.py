@@ -26,6 +26,7 @@ FFHQ_POINTS: Array = np.array(
 )
 # Where they lie in the face world's pictures at 512 pixels: the mean of its calm, frontal people.
 WORLD_POINTS: Array = np.array([[198.7, 232.0], [313.3, 232.0], [256.0, 280.0], [216.6, 331.6], [295.4, 331.6]])
+_SMOOTH, _AGAIN = 1.0, 2.0  # pixels
 BORDER = (135, 133, 132)  # blue, green, red of what lies beyond the photo, as in training
 
 
@@ -59,17 +60,44 @@ def gray(made: Tensor, seen: Tensor) -> Tensor:
     return matched.clamp(0, 1).expand_as(made)
 
 
-def with_coarse(made: Tensor, seen: Tensor) -> Tensor:
-    """A restored face (3, H, W) with what is coarse, light and colour, of the damaged one.
+def with_coarse(made: Tensor, seen: Tensor, sigma: float) -> Tensor:
+    """A restored face (3, H, W) that keeps what the damaged one shows beyond the width of a blur, `sigma` pixels.
 
-    What is larger than a sixteenth of a face outlives any usual damage.
+    Only what the blur would take away comes from `made`; light, colour and place of all larger things are the photo's.
     """
-    coarse = seen - made
-    sigma = made.shape[-1] / 32
-    reach = min(round(3 * sigma), made.shape[-1] - 1)
-    places = torch.arange(-reach, reach + 1, dtype=torch.float32)
+    return (made + blurred(seen - made, sigma)).clamp(0, 1)
+
+
+def blur_width(picture: Tensor) -> float:
+    """How blurred a picture (3, H, W) in [0, 1] is: the width of a Gaussian in pixels, read off its strongest edges.
+
+    Blurred once more by a known width, an edge of width w loses the more of its slope the sharper it was (Zhuo and Sim
+    2011, "Defocus map estimation from a single image"). Noise is smoothed away first, and that width taken off again.
+    """
+    light = picture.mean(0, keepdim=True)
+    first = blurred(light, _SMOOTH)
+    before, after = (_slope(one) for one in (first, blurred(first, _AGAIN)))
+    edges = before >= before.flatten().quantile(0.97)
+    ratio = float((before[edges] / after[edges].clamp(min=1e-6)).median())
+    width = _AGAIN**2 / max(ratio**2 - 1, 1e-4) - _SMOOTH**2
+    return max(width, 0.0) ** 0.5
+
+
+def blurred(picture: Tensor, sigma: float) -> Tensor:
+    """(C, H, W) under a Gaussian of `sigma` pixels, the borders mirrored."""
+    if sigma <= 0:
+        return picture
+    channels, height, width = picture.shape
+    reach = min(max(1, round(3 * sigma)), min(height, width) - 1)
+    places = torch.arange(-reach, reach + 1, dtype=picture.dtype)
     kernel = torch.exp(-0.5 * (places / sigma) ** 2)
-    kernel = (kernel / kernel.sum()).expand(3, 1, -1)
-    coarse = F.pad(coarse[None], (reach,) * 4, mode="reflect")
-    coarse = F.conv2d(F.conv2d(coarse, kernel[..., None, :], groups=3), kernel[..., None], groups=3)
-    return (made + coarse[0]).clamp(0, 1)
+    kernel = (kernel / kernel.sum()).expand(channels, 1, -1)
+    padded = F.pad(picture[None], (reach,) * 4, mode="reflect")
+    across = F.conv2d(padded, kernel[..., None, :], groups=channels)
+    return F.conv2d(across, kernel[..., None], groups=channels)[0]
+
+
+def _slope(light: Tensor) -> Tensor:
+    """Steepness (H - 1, W - 1) of (1, H, W)."""
+    across, down = light[0, 1:, 1:] - light[0, 1:, :-1], light[0, 1:, 1:] - light[0, :-1, 1:]
+    return (across.square() + down.square()).sqrt()

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from facegen.errors import NoFaceFound
-from facegen.restoration.faces import BORDER, FFHQ_POINTS, cut_ffhq, gray, is_gray, with_coarse
+from facegen.restoration.faces import BORDER, FFHQ_POINTS, blur_width, blurred, cut_ffhq, gray, is_gray, with_coarse
 
 
 def noise(seed: int, side: int = 64) -> Image.Image:
@@ -52,7 +52,19 @@ def test_what_is_coarse_comes_from_the_damaged_face() -> None:
     generator = torch.Generator().manual_seed(1)
     fine = 0.1 * torch.randn(3, 64, 64, generator=generator)
     seen = torch.full((3, 64, 64), 0.5)
-    kept = with_coarse(0.2 + fine, seen)
+    kept = with_coarse(0.2 + fine, seen, 4.0)
     assert float(kept.mean()) == pytest.approx(0.5, abs=0.01)
     assert float((kept - kept.mean()).std()) == pytest.approx(0.1, rel=0.15)
-    assert torch.allclose(with_coarse(seen, seen), seen, atol=1e-6)
+    assert torch.allclose(with_coarse(seen, seen, 2.0), seen, atol=1e-6)
+    assert torch.allclose(with_coarse(0.2 + fine, seen, 0.0), seen, atol=1e-6)
+
+
+@pytest.mark.parametrize("noisy", [0.0, 0.01])
+def test_how_blurred_a_picture_is(noisy: float) -> None:
+    generator = torch.Generator().manual_seed(1)
+    drawing = (
+        (torch.rand(3, 16, 16, generator=generator) > 0.5).float().repeat_interleave(16, 1).repeat_interleave(16, 2)
+    )
+    grain = noisy * torch.randn(3, 256, 256, generator=generator)
+    found = [blur_width(blurred(drawing, sigma) + grain) for sigma in (1.0, 2.0, 3.0, 5.0)]
+    assert found == pytest.approx([1.0, 2.0, 3.0, 5.0], rel=0.35)
