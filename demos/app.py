@@ -124,6 +124,10 @@ class TaskTab:
         self.widgets: list[forms.Widget] = []
         self.example: gr.State | None = None
 
+    @property
+    def _form(self) -> str:
+        return f"{self.name}-field"
+
     def build(self) -> None:
         gr.Markdown(self.request.task)
         everyday, advanced = forms.split(self.request)
@@ -171,7 +175,7 @@ class TaskTab:
                     self._add(control)
 
     def _add(self, control: Control) -> None:
-        self.widgets.append(forms.widget(control, _names(control.name)))
+        self.widgets.append(forms.widget(control, _names(control.name), self._form))
 
     def _person(self, control: Control) -> None:
         """Whose pictures: photos of one's own, or one of the example people."""
@@ -188,7 +192,7 @@ class TaskTab:
                     elem_id=f"{self.name}-people",
                 )
             with gr.Tab("Your photos"):
-                photos = forms.widget(control)
+                photos = forms.widget(control, form=self._form)
         chosen = gr.Markdown(_whom(None, ()), elem_id=f"{self.name}-whom")
         self.example = gr.State(None)
         self.widgets.append(photos)
@@ -211,6 +215,12 @@ class TaskTab:
 
     def _wire(self) -> None:
         inputs = [one.component for one in self.widgets]
+        named = {one.name: one.component for one in self.widgets}
+        for one in self.widgets:
+            if one.control.widget == "mask":  # the photo that was uploaded is what is painted over
+                photo = named[one.control.of]
+                assert isinstance(photo, gr.Image)
+                photo.change(lambda path: path, photo, one.component, api_visibility="private")
         outputs = [self.status, self.gallery, self.report, self.call, self.go, self.halt]
 
         def announce(window: gr.Request) -> Update:
@@ -247,8 +257,11 @@ class TaskTab:
             one.name: forms.value_of(self.request, one.name, value)
             for one, value in zip(self.widgets, values, strict=True)
         }
-        if example and not named.get("faces"):
+        if example and not named.get("faces") and not named.get("people"):
             named["faces"] = (example,)
+        for one in self.widgets:
+            if one.control.widget == "mask" and named[one.name] is not None and named.get(one.control.of):
+                named[one.name] = forms.fitted(named[one.name], named[one.control.of])
         return make(self.request, named)
 
     def _run(self, window: gr.Request, *raw: Any) -> Iterator[Update]:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import gradio as gr
 from gradio.data_classes import ImageData
+from PIL import Image, ImageChops
 
 from facegen.images import load_rgb
-from facegen.request import Control, Request, controls, parse, specs
+from facegen.request import Control, Person, Request, controls, parse, specs
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,9 +54,24 @@ def photo_row(label: str, **more: Any) -> gr.Gallery:
     )
 
 
-def widget(control: Control, choices: Sequence[str] = ()) -> Widget:
-    """The component of a control; `choices` are names to offer where the control lists none."""
-    common: dict[str, Any] = {"label": control.label, "elem_id": f"field-{control.name}"}
+def brush_box(label: str, **more: Any) -> gr.ImageEditor:
+    """A photo to paint over: what is painted is the mask."""
+    return gr.ImageEditor(
+        label=label,
+        type="pil",
+        image_mode="RGBA",
+        sources=(),
+        transforms=(),
+        brush=gr.Brush(default_size=24, colors=["#ffffff"], color_mode="fixed"),
+        layers=False,
+        buttons=[],
+        **more,
+    )
+
+
+def widget(control: Control, choices: Sequence[str] = (), form: str = "field") -> Widget:
+    """The component of a control; choices: names to offer where it lists none; form: whose field it is."""
+    common: dict[str, Any] = {"label": control.label, "elem_id": f"{form}-{control.name}"}
     told: dict[str, Any] = {**common, "info": control.about}
     empty = "chosen for you" if control.optional else None
     component: gr.components.Component
@@ -63,6 +80,10 @@ def widget(control: Control, choices: Sequence[str] = ()) -> Widget:
             component = photo_row(**common)
         case "photo":
             component = photo_box(**common, height=240)
+        case "mask":
+            component = brush_box(**{**common, "label": f"{control.label}: paint over the {control.of}"}, height=320)
+        case "people":
+            component = photo_row(**{**common, "label": f"{control.label}: one photo each, from left to right"})
         case "slider":
             component = gr.Slider(control.low, control.high, control.value, step=control.step, **told)
         case "number" if control.optional:
@@ -101,6 +122,10 @@ def value_of(request: type[Request], name: str, raw: Any) -> Any:
     spec = specs(request)[name]
     if spec.kind == "photos":
         return paths(raw)
+    if spec.kind == "people":
+        return tuple(Person(photos=(one,)) for one in paths(raw))
+    if spec.kind == "mask":
+        return painted(raw)
     if spec.kind == "integer" and isinstance(raw, float) and raw.is_integer():
         return int(raw)
     if spec.optional and raw in (None, ""):
@@ -114,6 +139,22 @@ def paths(raw: Any) -> tuple[str, ...]:
     for file in files:
         load_rgb(file)
     return files
+
+
+def painted(raw: Any) -> Image.Image | None:
+    """White where something was painted over a photo; None where nothing was."""
+    layers = raw.get("layers") if isinstance(raw, dict) else None
+    strokes = [layer.getchannel("A").point(lambda alpha: 255 if alpha > 127 else 0) for layer in layers or ()]
+    if not strokes:
+        return None
+    mask = reduce(ImageChops.lighter, strokes)
+    return mask if mask.getbbox() is not None else None
+
+
+def fitted(mask: Image.Image, photo: Any) -> Image.Image:
+    """A painted mask at the size of its photo: the browser may have shown it smaller."""
+    size = load_rgb(photo).size
+    return mask if mask.size == size else mask.resize(size, Image.Resampling.NEAREST)
 
 
 def is_small(control: Control) -> bool:

@@ -22,8 +22,10 @@ def table(reports: Sequence[Report]) -> str:
     """One row per picture, as HTML."""
     if not reports:
         return ""
-    rows = "".join(_row(place, report) for place, report in enumerate(reports, 1))
-    head = "<tr><th></th><th>same person?</th><th>faces</th><th>prompt</th><th>seed</th><th>seconds</th></tr>"
+    measured = any(report.measures or report.people for report in reports)
+    rows = "".join(_row(place, report, measured) for place, report in enumerate(reports, 1))
+    more = "<th>measured</th>" if measured else ""
+    head = f"<tr><th></th><th>same person?</th><th>faces</th><th>prompt</th>{more}<th>seed</th><th>seconds</th></tr>"
     return f'<table class="reports">{head}{rows}</table>{_notes(reports)}'
 
 
@@ -35,17 +37,25 @@ def progress(fraction: float, words: str) -> str:
     )
 
 
-def _row(place: int, report: Report) -> str:
+def _row(place: int, report: Report, measured: bool) -> str:
     seed = report.provenance.seed if report.provenance else None
     cells = [
         str(place),
         _likeness(report),
         "–" if report.faces is None else str(report.faces),
         _prompt(report),
+        *([_measures(report)] if measured else []),
         "–" if seed is None else str(seed),
         "–" if report.seconds is None else f"{report.seconds:.1f}",
     ]
     return f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+
+
+def _measures(report: Report) -> str:
+    """What the task measured itself, and each of several people."""
+    told = [f"person {place}: {one}" for place, one in enumerate(report.people, 1)]
+    told += [f"{what}: {value:.4g}" for what, value in report.measures.items()]
+    return "<br>".join(map(escape, told)) or "–"
 
 
 def _likeness(report: Report) -> str:

@@ -84,12 +84,12 @@ def page(window: Any, request: pytest.FixtureRequest) -> Iterator[Any]:
 
 
 def _steps(page: Any, count: int) -> None:
-    page.locator("#field-num_inference_steps input[type=number]").fill(str(count))
-    page.locator("#field-num_inference_steps input[type=number]").press("Tab")
+    page.locator("#generate-field-num_inference_steps input[type=number]").fill(str(count))
+    page.locator("#generate-field-num_inference_steps input[type=number]").press("Tab")
 
 
 def _field(page: Any, name: str, value: str) -> None:
-    page.locator(f"#field-{name} textarea, #field-{name} input").first.fill(value)
+    page.locator(f"#generate-field-{name} textarea, #generate-field-{name} input").first.fill(value)
 
 
 def _finished(page: Any) -> None:
@@ -105,8 +105,8 @@ def test_generates_pictures_that_carry_their_call(page: Any, tmp_path: Path) -> 
     _steps(page, 4)
     _field(page, "seed", "7")
     _field(page, "prompt", "a portrait, red hair")
-    page.locator("#field-num_images_per_prompt input[type=number]").fill("2")
-    page.locator("#field-num_images_per_prompt input[type=number]").press("Tab")
+    page.locator("#generate-field-num_images_per_prompt input[type=number]").fill("2")
+    page.locator("#generate-field-num_images_per_prompt input[type=number]").press("Tab")
     page.click("#generate-go")
     page.wait_for_selector("#generate-report tr:nth-of-type(3)")
     _finished(page)
@@ -125,15 +125,15 @@ def test_generates_pictures_that_carry_their_call(page: Any, tmp_path: Path) -> 
 
 def test_stops_in_mid_run_and_starts_again(page: Any) -> None:
     _steps(page, 60)
-    page.locator("#field-num_images_per_prompt input[type=number]").fill("12")
-    page.locator("#field-num_images_per_prompt input[type=number]").press("Tab")
+    page.locator("#generate-field-num_images_per_prompt input[type=number]").fill("12")
+    page.locator("#generate-field-num_images_per_prompt input[type=number]").press("Tab")
     page.click("#generate-go")
     page.click("#generate-stop")  # waits until it can be clicked, which is while the run is under way
     _finished(page)
     assert page.inner_text("#generate-status").startswith("Stopped")
     _steps(page, 4)
-    page.locator("#field-num_images_per_prompt input[type=number]").fill("1")
-    page.locator("#field-num_images_per_prompt input[type=number]").press("Tab")
+    page.locator("#generate-field-num_images_per_prompt input[type=number]").fill("1")
+    page.locator("#generate-field-num_images_per_prompt input[type=number]").press("Tab")
     page.click("#generate-go")
     page.wait_for_function("() => document.querySelector('#generate-status').innerText.startsWith('1 picture')")
 
@@ -148,7 +148,7 @@ def test_upload_shows_the_photo_and_takes_the_place_of_the_example(page: Any, tm
     me = tmp_path / "me.png"
     Image.new("RGB", (64, 64), (200, 120, 90)).save(me)
     page.get_by_role("tab", name="Your photos").click()
-    page.locator("#field-faces input[type=file]").set_input_files(str(me))
+    page.locator("#generate-field-faces input[type=file]").set_input_files(str(me))
     page.wait_for_function("() => document.querySelector('#generate-whom').innerText.includes('your photo')")
 
 
@@ -156,7 +156,7 @@ def test_a_file_that_is_no_picture_is_named(page: Any, tmp_path: Path) -> None:
     notes = tmp_path / "notes.png"
     notes.write_text("not a picture")
     page.get_by_role("tab", name="Your photos").click()
-    page.locator("#field-faces input[type=file]").set_input_files(str(notes))
+    page.locator("#generate-field-faces input[type=file]").set_input_files(str(notes))
     said = _toast(page)
     assert "notes.png" in said
     assert "/gradio/" not in said

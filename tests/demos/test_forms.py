@@ -22,7 +22,9 @@ class Everything(Request):
     """One field of each kind."""
 
     faces: Any = fields.photos("Photos.")
-    mask: Any = fields.photo("A mask.")
+    image: Any = fields.photo("A photo.")
+    mask: Any = fields.mask("What changes.", of="image")
+    people: Any = fields.people("Several people.")
     prompt: str = fields.text("a portrait", "What it shows.", lines=2)
     seed: int | None = fields.integer(None, "Where it starts.", low=0, optional=True)
     steps: int = fields.integer(20, "How many.", low=1, high=100, slider=(1, 50, 1))
@@ -41,6 +43,26 @@ def _widgets(request: type[Request]) -> dict[str, forms.Widget]:
         return {control.name: forms.widget(control) for control in controls(request)}
 
 
+def test_what_is_painted_over_a_photo_is_its_mask() -> None:
+    stroke = Image.new("RGBA", (20, 10))
+    nothing = {"background": stroke, "layers": [stroke], "composite": stroke}
+    assert forms.value_of(Everything, "mask", nothing) is None
+    assert forms.value_of(Everything, "mask", None) is None
+    stroke = stroke.copy()
+    stroke.paste((255, 255, 255, 255), (5, 2, 8, 6))
+    mask = forms.value_of(Everything, "mask", {"layers": [stroke, Image.new("RGBA", (20, 10))]})
+    assert mask.getbbox() == (5, 2, 8, 6)
+    photo = Image.new("RGB", (40, 20))
+    assert forms.fitted(mask, photo).getbbox() == (10, 4, 16, 12)
+    assert forms.fitted(mask, Image.new("RGB", (20, 10))) is mask
+
+
+def test_several_people_are_one_photo_each(tmp_path: Path) -> None:
+    Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
+    (person,) = forms.value_of(Everything, "people", [(str(tmp_path / "a.png"), None)])
+    assert person.photos == (str(tmp_path / "a.png"),)
+
+
 def test_every_kind_of_field_has_a_widget() -> None:
     assert set(_widgets(Everything)) == set(fields.specs(Everything))
 
@@ -51,7 +73,7 @@ def test_an_untouched_form_is_the_default_request(request_class: type[Request]) 
     values = {}
     for name, widget in _widgets(request_class).items():
         component = widget.component
-        shown = None if isinstance(component, gr.Gallery | gr.Image) else component.value
+        shown = None if isinstance(component, gr.Gallery | gr.Image | gr.ImageEditor) else component.value
         values[name] = forms.value_of(request_class, name, shown)
     assert make(request_class, values) == request_class()
 
