@@ -274,9 +274,10 @@ class PreciseControl(Adapter):
         prompts = each(request.prompt, len(present), "prompts")
         phrases = [phrase(text) if present[place % len(present)] else text for place, text in enumerate(prompts)]
         uncond = model.encode_text([""] * len(phrases), request.negative_prompt).embeds[0]
+        ids = model.tokenize(phrases)
 
         def at(steps: Tensor) -> Tensor:
-            return pair(uncond, self.encode(phrases, model, codes, steps).to(uncond.dtype))
+            return pair(uncond, self.encode(ids, model, codes, steps).to(uncond.dtype))
 
         written = TextCondition(embeds=at(torch.tensor([FIRST_STEP])), at=at, span=request.span)
         conditions: list[Condition] = [written]
@@ -288,9 +289,8 @@ class PreciseControl(Adapter):
             conditions.append(LoraCondition(layers=self.lora.layers, scale=scale))
         return conditions
 
-    def encode(self, prompts: Sequence[str], model: Model, codes: Sequence[Tensor], steps: Tensor) -> Tensor:
-        """Prompts (B) with people's words, their codes (1 or B, 18, D) at timesteps (1,) or (B,) -> (B, L, width)."""
-        ids = model.tokenize(prompts)  # (B, L)
+    def encode(self, ids: Tensor, model: Model, codes: Sequence[Tensor], steps: Tensor) -> Tensor:
+        """Prompts (B, L) with people's words, codes (1 or B, 18, D) at timesteps (1,) or (B,) -> (B, L, width)."""
         table = model.text_encoder.get_input_embeddings()
         places = {word: single_token(model.tokenizer, word, self.title) for word in (DOMAIN, *WORDS[: len(codes)])}
         face = table(torch.tensor([places[DOMAIN]], device=ids.device))  # (1, width)

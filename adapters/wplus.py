@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from PIL.Image import Resampling, fromarray
 from torch import Tensor, nn
 
 from facegen import checkpoints
@@ -33,16 +34,21 @@ from facegen.checkpoints import SAFE, Shapes, Tensors, base_name, section
 from facegen.conditions import Condition, TokenCondition
 from facegen.errors import CheckpointBroken, WrongRequest
 from facegen.face.align import ffhq_crop
+from facegen.face.parsing import Parser
+from facegen.images import to_tensor
 from facegen.models.directions import Directions
 from facegen.models.streams import Streams, dtype_of, initialise
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from facegen.models.base import Model
     from facegen.models.e4e import E4E
 
 GROUPS = (4, 4, 4, 6)  # rows of the code that make one token
 ROWS = sum(GROUPS)
-ENCODER = "e4e_ffhq_encode.pt"
+ENCODER, PARSER = "e4e_ffhq_encode.pt", "parse_multi_iter_90000.pth"
+BEHIND = ("background", "cloth")
 DELAY = 0.2
 # accelerate's checkpoints of the official training say it otherwise
 OLD_NAMES = {"w_proj_model.": "w_proj.", "adapter_modules.": "wplus_adapter."}
@@ -70,7 +76,8 @@ class WPlus(Adapter):
     """See the module's text.
 
     Its embeddings are the codes, flat (B, 18 · 512) or (B, 18, 512). encoder: e4e, to read photos; None where the faces
-    bring the code as their embedding. directions: for AdapterRequest.edits.
+    bring the code as their embedding. parser: ParseNet, which tells it what is not the person and is painted white;
+    directions: for AdapterRequest.edits.
     """
 
     name = "wplus"
@@ -83,6 +90,7 @@ class WPlus(Adapter):
         self.projector = projector
         self.streams = streams
         self.encoder = encoder
+        self.parser: Parser | None = None
         self.directions = Directions({})
 
     # --- files ----------------------------------------------------------------------------------------------------
@@ -98,7 +106,10 @@ class WPlus(Adapter):
 
     @classmethod
     def from_pretrained(cls, source: str | Path, model: Model) -> WPlus:
-        """From `wplus_adapter.bin`, or a folder with it; `e4e_ffhq_encode.pt` and `w_direction/` beside it count."""
+        """From `wplus_adapter.bin`, or a folder with it.
+
+        Beside it count `e4e_ffhq_encode.pt`, `parse_multi_iter_90000.pth` and `w_direction/`.
+        """
         file = cls.choose(source, model)
         tensors = _renamed(checkpoints.read(file))
         streams = Streams.from_tensors(
@@ -117,6 +128,8 @@ class WPlus(Adapter):
             from facegen.models.e4e import E4E
 
             adapter.encoder = E4E.from_file(place).to(model.device)
+        if (place := file.parent / PARSER).is_file():
+            adapter.parser = Parser.from_file(place)
         return adapter
 
     @classmethod
@@ -182,10 +195,21 @@ class WPlus(Adapter):
         if self.encoder is None:
             return stacked(faces).mean(dim=1)
         photos = [seen([face], "The W+ adapter looks at the photo; give one.") for face in faces]
-        crops = [torch.tensor(np.asarray(ffhq_crop(photo.image, photo.points))) for photo in photos]
-        pixels = torch.stack(crops).permute(0, 3, 1, 2).float() / 127.5 - 1  # (n, 3, 256, 256)
+        pixels = torch.stack([self.view(ffhq_crop(photo.image, photo.points, 512)) for photo in photos])
         codes = self.encoder(pixels.to(next(self.encoder.parameters()).device))
         return codes.flatten(1).mean(dim=0, keepdim=True)
+
+    def view(self, crop: Image.Image) -> Tensor:
+        """An aligned face of 512 pixels as e4e sees it, (3, 256, 256) in [-1, 1]: white behind the person."""
+        pixels = to_tensor(crop.resize((256, 256), Resampling.BICUBIC)) * 2 - 1
+        if self.parser is None:
+            return pixels
+        import cv2  # type: ignore[import-not-found, unused-ignore]
+
+        behind = self.parser.mask(to_tensor(crop)[None], BEHIND)[0, 0].numpy().astype(np.uint8) * 255
+        soft = fromarray(cv2.GaussianBlur(behind, (5, 5), 0)).resize((256, 256), Resampling.BICUBIC)
+        mask = torch.from_numpy(np.array(soft, np.float32)) / 255
+        return pixels * (1 - mask) + mask
 
 
 def _renamed(tensors: Tensors) -> Tensors:

@@ -180,6 +180,30 @@ def test_a_damaged_direction(wplus: WPlus, model: Model, tmp_path: Path, directi
         load_adapter(wplus.save(tmp_path), model)
 
 
+def test_what_e4e_sees(wplus: WPlus) -> None:
+    """Half the size, and white where the parser sees no person."""
+    generator = np.random.default_rng(1)
+    crop = Image.fromarray(generator.integers(0, 255, (512, 512, 3), dtype=np.uint8))
+    plain = wplus.view(crop)
+    assert plain.shape == (3, 256, 256)
+    small = np.asarray(crop.resize((256, 256), Image.Resampling.BICUBIC), np.float32)
+    assert np.allclose(plain.permute(1, 2, 0).numpy(), (small - 127.5) / 127.5, atol=1e-5)
+
+    class Left:
+        """Background in the left half."""
+
+        def mask(self, images: Tensor, parts: Any) -> Tensor:
+            assert set(parts) == {"background", "cloth"}
+            found = torch.zeros(1, 1, 512, 512)
+            found[..., :256] = 1
+            return found
+
+    wplus.parser = Left()  # type: ignore[assignment]
+    seen = wplus.view(crop)
+    assert bool((seen[..., :120] == 1).all())
+    assert torch.equal(seen[..., 136:], plain[..., 136:])
+
+
 def test_alignment_levels_the_eyes() -> None:
     """Five dots on a turned face come to their places, whatever the turn."""
     upright = np.array([[-20, -15], [20, -15], [0, 5], [-14, 27], [14, 27]], np.float64)
