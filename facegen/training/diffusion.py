@@ -76,8 +76,9 @@ class DiffusionSettings:
     no_face: float = 0.1
     no_points: float = 0.1
     steering: float = 2.0  # factor on the learning rate of what listens to prompts and faces
-    likeness: float = 0.1  # weights of what the reader of latents says about the clean estimate: who …
-    obedience: float = 0.1  # … and what it shows
+    likeness: float = 0.2  # weights of what the reader of latents says about the clean estimate: who …
+    obedience: float = 0.2  # … and what it shows
+    even: float = 0.25  # share of noise levels drawn evenly; the others are drawn around the middle
     seed: int = 7
 
 
@@ -258,9 +259,18 @@ class DiffusionObjective(Objective):
         ]
 
     def loss(self, batch: Batch, step: int, generator: torch.Generator) -> dict[str, Tensor]:
-        timesteps = torch.randint(1000, (len(batch.latents),), generator=generator, device=generator.device)
+        timesteps = self._timesteps(len(batch.latents), generator)
         noise = torch.randn(batch.latents.shape, generator=generator, device=generator.device)
         return self._loss(batch, noise, timesteps)
+
+    def _timesteps(self, count: int, generator: torch.Generator) -> Tensor:
+        """(count,) int64, mostly of the middle, where faces take shape (Esser et al. 2024, logit-normal).
+
+        Near the ends the error is large and can hardly become smaller: it would drown the rest.
+        """
+        shape = torch.randn(count, generator=generator, device=generator.device).sigmoid()
+        level = torch.rand(2, count, generator=generator, device=generator.device)
+        return (torch.where(level[0] < self.settings.even, level[1], shape) * 1000).long().clamp(max=999)
 
     def _loss(self, batch: Batch, noise: Tensor, timesteps: Tensor) -> dict[str, Tensor]:
         noisy = self.velocity.noisy(batch.latents, noise, timesteps).contiguous(memory_format=torch.channels_last)
