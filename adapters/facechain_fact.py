@@ -49,7 +49,7 @@ class FaceChainFACT(Adapter):
 
     Its embeddings are the recogniser's patch tokens: (B, D) for one token, (B, S, D), or (B, n, S, D) for n photos.
     layers: weights by cross-attention layer; encoder: TransFace, to read photos; None where the faces bring a token as
-    their embedding.
+    their embedding. cfg_face: False shows the face to the unconditional half, too (as the official class can).
     """
 
     name = "facechain_fact"
@@ -57,6 +57,7 @@ class FaceChainFACT(Adapter):
     pack = "buffalo_l"  # only to find the face
     needs = frozenset({"face", "points", "photo"})
     strength = 0.5
+    cfg_face = True
 
     def __init__(
         self, projector: Resampler, layers: Mapping[int, GatedSelf], names: Mapping[int, str], encoder: TransFace | None
@@ -153,7 +154,8 @@ class FaceChainFACT(Adapter):
         self.check_embeddings(embeddings)
         photos = with_zeros(by_photo(embeddings.to(*dtype_of(self.projector))), guidance)
         tokens = self.projector(photos.flatten(0, 1)).unflatten(0, photos.shape[:2])  # (1 + B, n, 16, width)
-        return halves(tokens.flatten(1, 2), guidance)
+        both = halves(tokens.flatten(1, 2), guidance)
+        return both if self.cfg_face else both[1:].expand_as(both)
 
     def conditions_from_embeddings(
         self, embeddings: Tensor, model: Model, request: AdapterRequest | None = None

@@ -119,6 +119,17 @@ def test_photos_stand_side_by_side(fact: FaceChainFACT, model: Model) -> None:
     assert torch.allclose(together, alone, atol=1e-6)
 
 
+def test_the_other_half(fact: FaceChainFACT) -> None:
+    """It sees zeros through the resampler, or the face itself."""
+    uncond, cond = fact.tokens(features(2, 3, 5))
+    nothing = fact.projector(torch.zeros(1, 5, DIM))
+    assert torch.allclose(uncond, nothing.repeat(2, 3, 1), atol=1e-6)
+    fact.cfg_face = False
+    again = fact.tokens(features(2, 3, 5))
+    assert torch.equal(again[0], again[1])
+    assert torch.equal(again[1], cond)
+
+
 def test_names_in_the_file(fact: FaceChainFACT, model: Model, tmp_path: Path) -> None:
     keys = checkpoints.shapes(fact.save(tmp_path))
     place = "mid_block.attentions.0.transformer_blocks.0.attn2.processor"
