@@ -46,7 +46,7 @@ class Weights:
     """A set of weights that has a name."""
 
     name: str
-    kind: str  # base, adapter, pack, encoder
+    kind: str  # base, adapter, pack, encoder, restorer
     licence: str
     files: tuple[File, ...]  # what must be there
     repo: str | None = None  # on the Hugging Face hub
@@ -331,6 +331,49 @@ WEIGHTS: Mapping[str, Weights] = {
             commercial=False,
             note="face parsing for PuLID",
             page="https://github.com/xinntao/facexlib/releases/download/v0.2.0",
+        ),
+        Weights(
+            "parsenet",
+            "encoder",
+            "MIT; trained on CelebAMask-HQ: non-commercial research only",
+            (File("parsing_parsenet.pth"),),
+            commercial=False,
+            note="face parsing for restore",
+            page="https://github.com/xinntao/facexlib/releases/download/v0.2.2",
+        ),
+        Weights(
+            "codeformer",
+            "restorer",
+            "S-Lab License 1.0: non-commercial only",
+            (File("codeformer.pth"),),
+            commercial=False,
+            page="https://github.com/sczhou/CodeFormer/releases/download/v0.1.0",
+        ),
+        Weights(
+            "restoreformer",
+            "restorer",
+            "Apache-2.0; trained on FFHQ: CC BY-NC-SA 4.0",
+            (File("RestoreFormer++.ckpt"), File("RestoreFormer.ckpt"), File("RestoreFormer.pth")),
+            commercial=False,
+            any_file=True,
+            page="https://github.com/wzhouxiff/RestoreFormerPlusPlus/releases/download/v1.0.0",
+        ),
+        Weights(
+            "gfpgan",
+            "restorer",
+            "Apache-2.0; trained on FFHQ: CC BY-NC-SA 4.0",
+            (File("GFPGANv1.4.pth"), File("GFPGANv1.3.pth")),
+            commercial=False,
+            any_file=True,
+            page="https://github.com/TencentARC/GFPGAN/releases/download/v1.3.0",
+        ),
+        Weights(
+            "dfdnet",
+            "restorer",
+            "CC BY-NC-SA 4.0",
+            (File("latest_net_G.pth"), File("DictionaryCenter512/left_eye_256_center.npy")),
+            commercial=False,
+            page="https://github.com/csxmli2016/DFDNet",
         ),
         Weights(
             "antelopev2",

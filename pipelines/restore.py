@@ -44,7 +44,7 @@ class _What(Request):
     )  # fmt: skip
     restorer: str = text(
         DIFFUSION,
-        "What restores: diffusion (the loaded model), or a file of CodeFormer, RestoreFormer, GFPGAN or DFDNet.",
+        "What restores: diffusion (the loaded model), codeformer, restoreformer, gfpgan, dfdnet, or the file of one.",
     )
     upscale: int = integer(1, "How many times larger the photo becomes.", low=1, high=4, slider=(1, 4, 1))
 
@@ -76,7 +76,7 @@ class RestoreRequest(PersonRequest, _What):
         low=-1, high=1, optional=True, advanced=True,
     )  # fmt: skip
     parsing: str | None = text(
-        cast(str, None), "BiSeNet or ParseNet weights to tell the face from its surroundings; else the embedded net.",
+        cast(str, None), "A file of BiSeNet or ParseNet, to tell a face from its surroundings; else the embedded net.",
         optional=True, advanced=True,
     )  # fmt: skip
 
@@ -138,7 +138,7 @@ class RestorePipeline(Pipeline[RestoreRequest]):
         from facegen.restoration.restorer import Restorer
 
         if path not in self._restorers:
-            restorer = Restorer.from_file(path)
+            restorer = Restorer.from_pretrained(path)
             restorer.net.to(self.model.device)
             self._restorers[path] = restorer
         return self._restorers[path]
@@ -376,11 +376,11 @@ class RestorePipeline(Pipeline[RestoreRequest]):
     def _loaded_json(self, request: RestoreRequest) -> dict[str, Any]:
         from facegen import metadata
 
-        networks = {
-            name: metadata.file_checksum(Path(path).expanduser())
-            for name, path in (("restorer", request.restorer), ("parsing", request.parsing or DIFFUSION))
-            if path != DIFFUSION and Path(path).expanduser().is_file()
-        }
+        networks: dict[str, str] = {}
+        if request.restorer != DIFFUSION:
+            networks["restorer"] = metadata.file_checksum(self._restorer(request.restorer).path)
+        if request.parsing is not None:
+            networks["parsing"] = metadata.file_checksum(Path(request.parsing).expanduser())
         return {**super()._loaded_json(request), "networks": networks}
 
 

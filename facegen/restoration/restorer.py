@@ -13,6 +13,7 @@ from torch import Tensor
 from facegen import checkpoints
 from facegen.errors import WeightsMissing
 from facegen.face.types import Array
+from facegen.hub import resolve
 from facegen.restoration.codeformer import CodeFormer
 from facegen.restoration.dfdnet import DFDNet, boxes_of_points, read_dictionary
 from facegen.restoration.faces import SIDE
@@ -43,21 +44,25 @@ class Wish:
 
 @dataclass(frozen=True, eq=False)
 class Restorer:
-    """A network with the side of the faces it was made for."""
+    """A network, the file it came from, and the side of the faces it was made for."""
 
     title: str
     net: torch.nn.Module
     run: Run
+    path: Path
     side: int = SIDE
 
     @classmethod
-    def from_file(cls, path: str | Path) -> Restorer:
-        """CodeFormer, RestoreFormer(++), GFPGAN or DFDNet, told by the keys.
+    def from_pretrained(cls, source: str | Path) -> Restorer:
+        """CodeFormer, RestoreFormer(++), GFPGAN or DFDNet: a file or folder, told by its keys, or a name of the hub's.
 
         A folder stands for the one network in it; DFDNet's dictionary lies beside its weights or above them.
         Raises WeightsMissing, CheckpointBroken, WrongAdapter.
         """
-        path = _file(Path(path).expanduser())
+        path = Path(source).expanduser()
+        if not path.exists() and path.suffix not in checkpoints.SUFFIXES:
+            path = resolve(str(source))
+        path = _file(path)
         keys = checkpoints.unwrapped(checkpoints.shapes(path))
         family = _family(keys)
         if family is None:
@@ -65,15 +70,15 @@ class Restorer:
         tensors = checkpoints.read(path)
         if family is DFDNet:
             faces = DFDNet.of(tensors, read_dictionary(_dictionary(path)), path)
-            return cls(faces.title, faces, lambda face, wish: faces(face, boxes_of_points(_points(wish))))
+            return cls(faces.title, faces, lambda face, wish: faces(face, boxes_of_points(_points(wish))), path)
         if family is CodeFormer:
             former = CodeFormer.of(tensors, path)
-            return cls(former.title, former, lambda face, wish: former(face, wish.fidelity))
+            return cls(former.title, former, lambda face, wish: former(face, wish.fidelity), path)
         if family is GFPGAN:
             gan = GFPGAN.of(tensors, path)
-            return cls(gan.title, gan, lambda face, wish: gan(face, wish.generator), gan.sizes.side)
+            return cls(gan.title, gan, lambda face, wish: gan(face, wish.generator), path, gan.sizes.side)
         net = RestoreFormer.of(tensors, path)
-        return cls(net.title, net, lambda face, wish: net(face))
+        return cls(net.title, net, lambda face, wish: net(face), path)
 
     @torch.no_grad()
     def __call__(self, face: Tensor, wish: Wish | None = None) -> Tensor:

@@ -166,7 +166,9 @@ def test_the_command_line(
     [
         ({"image": None}, WrongRequest, "as image"),
         ({"image": "gray"}, NoFaceFound, "No face was found in the photo"),
-        ({"restorer": "codeformer"}, WeightsMissing, "codeformer is not there"),
+        ({"restorer": "codeformer"}, WeightsMissing, r"codeformer\.pth"),
+        ({"restorer": "gone.pth"}, WeightsMissing, r"gone\.pth is not there"),
+        ({"restorer": "codefromer"}, WeightsMissing, "Did you mean codeformer"),
         ({"restorer": "foreign"}, WrongAdapter, "is a ParseNet face parsing network, not a restoration network"),
         ({"parsing": "gan"}, WrongAdapter, "is a GFPGAN, not a face parsing network"),
         ({"restorer": "gan", "adapters": ("instantid",)}, WrongRequest, "GFPGAN takes no adapter"),

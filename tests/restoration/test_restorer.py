@@ -29,13 +29,13 @@ def gan(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_keys_tell_and_not_the_name(gan: Path, tmp_path: Path) -> None:
     for source in (gan, gan.parent):
-        restorer = Restorer.from_file(source)
+        restorer = Restorer.from_pretrained(source)
         assert (restorer.title, restorer.side) == ("GFPGAN", 32)
     sizes = restoreformer.Sizes(
         first=32, widths=(32, 64, 64), latent=32, codes=(32, 32), looks=(2,), asks=(2,), heads=8
     )
     path = write(tmp_path / "GFPGANv1.4.pth", {"state_dict": {"vqvae": weights(RestoreFormer(sizes))}})
-    assert Restorer.from_file(path).title == "RestoreFormer"
+    assert Restorer.from_pretrained(path).title == "RestoreFormer"
 
 
 def test_a_checkpoint_of_a_training_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,7 +59,7 @@ def test_a_checkpoint_of_a_training_run(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_a_face_goes_in_and_one_comes_out(gan: Path) -> None:
-    restorer = Restorer.from_file(gan)
+    restorer = Restorer.from_pretrained(gan)
     face = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(2))
     made = restorer(face)
     assert made.shape == face.shape
@@ -71,14 +71,14 @@ def test_a_face_goes_in_and_one_comes_out(gan: Path) -> None:
 def test_what_is_no_such_network(tmp_path: Path) -> None:
     path = write(tmp_path / "codeformer.pth", {"cp": {"conv_avg": {"conv": {"weight": torch.ones(1)}}}})
     with pytest.raises(WrongAdapter, match="is a BiSeNet face parsing network, not a restoration network"):
-        Restorer.from_file(path)
+        Restorer.from_pretrained(path)
     with pytest.raises(WeightsMissing, match="holds no weights"):
-        Restorer.from_file(tmp_path)
+        Restorer.from_pretrained(tmp_path)
     with pytest.raises(WeightsMissing, match="is not there"):
-        Restorer.from_file(tmp_path / "none.pth")
+        Restorer.from_pretrained(tmp_path / "none.pth")
     (tmp_path / "cut.pth").write_bytes(path.read_bytes()[:100])
     with pytest.raises(CheckpointBroken, match=r"cut\.pth"):
-        Restorer.from_file(tmp_path / "cut.pth")
+        Restorer.from_pretrained(tmp_path / "cut.pth")
 
 
 def test_dfdnets_dictionary(tmp_path: Path) -> None:
