@@ -69,7 +69,7 @@ def _dot(a, b, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _load(base, rows, row_stride, live, d, FIRST: tl.constexpr, WIDTH: tl.constexpr):
+def _load(base, rows, row_stride, live, d: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr):
     """(rows, WIDTH) of channels FIRST… of a (·, d) matrix; zeros outside."""
     channels = FIRST + tl.arange(0, WIDTH)
     return tl.load(
@@ -78,7 +78,7 @@ def _load(base, rows, row_stride, live, d, FIRST: tl.constexpr, WIDTH: tl.conste
 
 
 @triton.jit
-def _store(base, rows, row_stride, live, d, value, FIRST: tl.constexpr, WIDTH: tl.constexpr):
+def _store(base, rows, row_stride, live, d: tl.constexpr, value, FIRST: tl.constexpr, WIDTH: tl.constexpr):
     channels = FIRST + tl.arange(0, WIDTH)
     tl.store(
         base + rows[:, None] * row_stride + channels[None, :],
@@ -88,7 +88,7 @@ def _store(base, rows, row_stride, live, d, value, FIRST: tl.constexpr, WIDTH: t
 
 
 @triton.jit
-def _products(a0, a1, base, rows, live, d, D0: tl.constexpr, D1: tl.constexpr, PRECISION: tl.constexpr):
+def _products(a0, a1, base, rows, live, d: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, PRECISION: tl.constexpr):
     """a · bᵀ over both cuts of the channels, b the given rows of a contiguous (·, d) matrix."""
     b0 = _load(base, rows, d, live, d, 0, D0)
     found = _dot(a0, tl.trans(b0), PRECISION)
@@ -99,7 +99,7 @@ def _products(a0, a1, base, rows, live, d, D0: tl.constexpr, D1: tl.constexpr, P
 
 
 @triton.jit
-def _gather(o0, o1, p, base, rows, live, d, D0: tl.constexpr, D1: tl.constexpr, PRECISION: tl.constexpr):
+def _gather(o0, o1, p, base, rows, live, d: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, PRECISION: tl.constexpr):
     """o + p · v over both cuts."""
     v0 = _load(base, rows, d, live, d, 0, D0)
     o0 += _dot(p.to(v0.dtype), v0, PRECISION)
@@ -121,7 +121,7 @@ def _weight(scales, masks, segment, rows, live, length, MASKED: tl.constexpr):
 @triton.jit
 def _forward(
     q, k, v, out, lse, scales, masks, bounds,
-    q_row, q_head, q_place, heads, length, tokens, segments, d, to_log2,
+    q_row, q_place, heads, length, tokens, segments, to_log2, d: tl.constexpr,
     ROWS: tl.constexpr, TEXT: tl.constexpr, TOKENS: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     ONE: tl.constexpr, MASKED: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -130,7 +130,7 @@ def _forward(
     row, head = both // heads, both % heads
     places = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live = places < length
-    q += row * q_row + head * q_head
+    q += row * q_row + head * d
     k += both * tokens * d
     v += both * tokens * d
     out += (row * length * heads + head) * d
@@ -209,7 +209,7 @@ def _forward(
 @triton.jit
 def _backward_queries(
     q, k, v, grad, lse, sums, grad_q, scales, masks, bounds,
-    q_row, q_head, q_place, heads, length, tokens, segments, d, to_log2, root,
+    q_row, q_place, heads, length, tokens, segments, to_log2, root, d: tl.constexpr,
     ROWS: tl.constexpr, TOKENS: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -218,7 +218,7 @@ def _backward_queries(
     row, head = both // heads, both % heads
     places = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live = places < length
-    q += row * q_row + head * q_head
+    q += row * q_row + head * d
     k += both * tokens * d
     v += both * tokens * d
     grad += (row * length * heads + head) * d
@@ -264,7 +264,7 @@ def _backward_queries(
 @triton.jit
 def _backward_tokens(
     q, k, v, grad, lse, sums, grad_k, grad_v, scales, masks, bounds, tiles,
-    q_row, q_head, q_place, heads, length, tokens, d, to_log2, root,
+    q_row, q_place, heads, length, tokens, to_log2, root, d: tl.constexpr,
     ROWS: tl.constexpr, TOKENS: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -274,7 +274,7 @@ def _backward_tokens(
     segment = tl.load(tiles + 2 * tl.program_id(0))
     columns = tl.load(tiles + 2 * tl.program_id(0) + 1) + tl.arange(0, TOKENS)
     there = columns < tl.load(bounds + segment + 1)
-    q += row * q_row + head * q_head
+    q += row * q_row + head * d
     k += both * tokens * d
     v += both * tokens * d
     grad += (row * length * heads + head) * d
@@ -351,9 +351,8 @@ class _Fused(torch.autograd.Function):
         masks = scales if segments.masks is None else segments.masks
         _forward[(triton.cdiv(length, launch.rows), rows * heads)](
             query, key, value, out, lse, scales, masks, segments.bounds,
-            query.stride(0), query.stride(1), query.stride(2), heads, length, key.shape[2], count, d,
-            LOG2E * d**-0.5,
-            ROWS=launch.rows, TEXT=launch.text, TOKENS=launch.tokens, D0=d0, D1=d1,
+            query.stride(0), query.stride(2), heads, length, key.shape[2], count, LOG2E * d**-0.5,
+            d=d, ROWS=launch.rows, TEXT=launch.text, TOKENS=launch.tokens, D0=d0, D1=d1,
             ONE=max(segments.lengths[1:], default=0) <= launch.tokens, MASKED=segments.masks is not None,
             KEEP=keep, PRECISION=_precision(query), num_warps=launch.warps, num_stages=launch.stages,
         )  # fmt: skip
@@ -372,14 +371,14 @@ class _Fused(torch.autograd.Function):
         masks = scales if segments.masks is None else segments.masks
         sums = torch.empty_like(lse)
         grad_q = torch.empty(query.shape, device=query.device, dtype=query.dtype)
-        # Half the tile: two matrices of queries and two of tokens are held at once.
-        tile = max(16, launch.rows // 2)
+        # Half the tile, since queries and gradients are held at once; the matrix units want 64 rows where they fit.
+        tile = launch.rows // 2 if d0 + d1 > 128 else min(launch.rows, 64)
         common: dict[str, Any] = {
-            "D0": d0, "D1": d1, "MASKED": segments.masks is not None, "PRECISION": _precision(query),
+            "d": d, "D0": d0, "D1": d1, "MASKED": segments.masks is not None, "PRECISION": _precision(query),
             "num_warps": 4, "num_stages": 1,
         }  # fmt: skip
-        sizes = (query.stride(0), query.stride(1), query.stride(2), heads, length, key.shape[2])
-        scale = (d, LOG2E * d**-0.5, d**-0.5)
+        sizes = (query.stride(0), query.stride(2), heads, length, key.shape[2])
+        scale = (LOG2E * d**-0.5, d**-0.5)
         _backward_queries[(triton.cdiv(length, tile), rows * heads)](
             query, key, value, grad, lse, sums, grad_q, scales, masks, segments.bounds, *sizes, count, *scale,
             ROWS=tile, TOKENS=launch.tokens, **common,
@@ -406,10 +405,11 @@ class _Fused(torch.autograd.Function):
 def fused(query: Tensor, segments: Segments, launch: Launch | None = None) -> Tensor:
     """query (R, H, L, d) → (R, L, H·d), in the query's dtype; see the module's text.
 
-    Differentiable in the query, keys, values and scales. The query's channels must lie side by side in memory (heads
-    split off a projection's output do).
+    Differentiable in the query, keys, values and scales. A query whose heads do not lie side by side in memory, as
+    heads split off a projection's output do, is copied.
     """
-    query = query if query.stride(-1) == 1 else query.contiguous()
+    if query.stride(3) != 1 or query.stride(1) != query.shape[3]:
+        query = query.transpose(1, 2).contiguous().transpose(1, 2)
     launch = launch or LAUNCHES.get(query.shape[-1], WIDE)
     found = _Fused.apply(query, segments.key, segments.value, segments.scales, segments, launch)
     return cast(Tensor, found)
