@@ -81,7 +81,9 @@ def facegen_side(setup: Setup, case: Case, side: str) -> Callable[[], Tensor]:
         {**parts, **further, "scheduler_config": case.schedule}, MemoryPlan(torch.device(device), dtype)
     )
     model.economy = PRESETS.get(side, PRESETS["exact"])
-    model.backend = BACKENDS.get(side, BACKENDS["sdpa"])
+    # The approximations stand on the fastest exact way there is: the fused kernel on a GPU, packed weights on a CPU.
+    quickest = device == "cuda" and side in PRESETS
+    model.backend = BACKENDS["triton" if quickest else side if side in BACKENDS else "sdpa"]
     people = []
     for person in case.people:
         layers = {}
@@ -92,7 +94,7 @@ def facegen_side(setup: Setup, case: Case, side: str) -> Callable[[], Tensor]:
                 kv.to_v.weight.data.copy_(person.weights[f"{layer.index}.to_v_ip.weight"])
                 layers[layer.index] = kv
         people.append((person, layers))
-    if side not in ("facegen", "triton"):
+    if device == "cpu" and side not in ("facegen", "triton"):
         pack(model.unet, *(one for one in (case.net, case.text_encoder) if one is not None))
 
     @torch.no_grad()
@@ -273,10 +275,11 @@ def table(found: list[dict[str, Any]], where: dict[str, str]) -> str:
 
 def main() -> None:
     """Parse, measure, write Markdown, and JSON beside it."""
+    own = "triton" if torch.cuda.is_available() else "packed"
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--model", default=SMALL, help=f"a diffusers folder, or {', '.join(UNETS)}")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=["text", "face", "instantid", "regions"])
-    parser.add_argument("--sides", nargs="+", choices=SIDES[1:], default=["facegen", "packed", "fast", "fastest"])
+    parser.add_argument("--sides", nargs="+", choices=SIDES[1:], default=["facegen", own, "fast", "fastest"])
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--pictures", type=int, nargs="+", default=[1], help="pictures made at a time")
     parser.add_argument("--size", type=int, help="side in pixels; default: the model's own")
