@@ -35,8 +35,13 @@ from facegen.training.loop import Objective
 from facegen.training.objectives.velocity import VelocityObjective
 from facegen.training.reader import LatentReader, asked, disobedience, person_means
 from facegen.world.captions import caption
+from facegen.world.render import PARSING
 
 _ALL_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH]
+_FACE = torch.tensor([
+    PARSING.index(name)
+    for name in ("skin", "l_brow", "r_brow", "l_eye", "r_eye", "eye_g", "nose", "mouth", "u_lip", "l_lip", "beard")
+])  # fmt: skip
 SCHEDULER = {
     "_class_name": "DDIMScheduler",
     "num_train_timesteps": 1000,
@@ -78,6 +83,7 @@ class DiffusionSettings:
     steering: float = 2.0  # factor on the learning rate of what listens to prompts and faces
     likeness: float = 0.2  # weights of what the reader of latents says about the clean estimate: who …
     obedience: float = 0.2  # … and what it shows
+    face: float = 4.0  # how much more an error inside the face weighs than one beside it
     even: float = 0.25  # share of noise levels drawn evenly; the others are drawn around the middle
     seed: int = 7
 
@@ -155,6 +161,7 @@ class Batch:
     control: Tensor | None
     who: Tensor  # unit vectors (B, D) of the people in the latents; zero where no face conditions
     wanted: Tensor  # what the prompts leave open, as in facegen.training.reader.asked
+    weights: Tensor  # of the error at each place, (B, h, w), 1 on average
 
 
 class DiffusionObjective(Objective):
@@ -223,7 +230,7 @@ class DiffusionObjective(Objective):
         embeddings = lessons.embeddings[self._other(lessons, rows, roll[2])] * with_face[:, None]
         control = self._control(lessons, rows, roll[3] >= settings.no_points) if way == "instantid" else None
         who = self._people[id(lessons)][rows] * with_face[:, None]
-        return Batch(way, lessons.latents[rows].float(), prompts, embeddings, control, who, asked(prompts))
+        return Batch(way, lessons.latents[rows].float(), prompts, embeddings, control, who, asked(prompts), self._weights(lessons, rows))
 
     @staticmethod
     def _other(lessons: Lessons, rows: Tensor, roll: Tensor) -> Tensor:
@@ -237,6 +244,12 @@ class DiffusionObjective(Objective):
         own = label[rows]
         step = 1 + (roll * (sizes[own] - 1)).long().clamp(max=sizes[own] - 2)
         return order[starts[own] + (place[rows] - starts[own] + step) % sizes[own]]
+
+    def _weights(self, lessons: Lessons, rows: Tensor) -> Tensor:
+        """(B, h, w): a face is a small part of a picture, and the part that matters."""
+        inside = torch.isin(lessons.pictures.field("parsing", rows), _FACE).float()
+        weights = 1 + self.settings.face * F.adaptive_avg_pool2d(inside, lessons.latents.shape[-2:])
+        return weights / weights.mean((1, 2), keepdim=True)
 
     def _control(self, lessons: Lessons, rows: Tensor, kept: Tensor) -> Tensor:
         """Drawn keypoints (B, 3, H, W) in [0, 1]; black where they are left out."""
@@ -278,7 +291,7 @@ class DiffusionObjective(Objective):
         with sdpa_kernel([SDPBackend.MATH] if noisy.device.type == "cpu" else _ALL_KERNELS):
             prepared = self.model.prepare(self.conditions(batch), len(batch.latents), guidance=False)
             found = self.model.predict(noisy, timesteps, prepared.throughout())
-        error = self.velocity.errors(found, batch.latents, noise, timesteps).mean()
+        error = (batch.weights * self.velocity.errors(found, batch.latents, noise, timesteps)).mean()
         losses = {"loss": error, f"loss_{batch.way}": error}
         if self.reader is not None:
             settings = self.settings

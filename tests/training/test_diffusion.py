@@ -94,7 +94,7 @@ def test_velocity_of_a_perfect_prediction_is_zero_and_matches_diffusers() -> Non
         velocity.noisy(latents, noise, timesteps), reference.add_noise(latents, noise, timesteps)
     )
     assert velocity.errors(wanted, latents, noise, timesteps).max() < 1e-10
-    torch.testing.assert_close(velocity.errors(wanted + 1, latents, noise, timesteps), torch.ones(5))
+    torch.testing.assert_close(velocity.errors(wanted + 1, latents, noise, timesteps), torch.ones(5, 8, 8))
 
 
 @pytest.mark.parametrize("way", ["prompt", "instantid", "ip_adapter_faceid"])
@@ -110,6 +110,17 @@ def test_every_way_reaches_its_own_weights(objective: DiffusionObjective, way: s
     assert touched(objective.model.text_encoder)
     for name in ("instantid", "ip_adapter_faceid"):
         assert touched(objective.adapters[name].modules()) == (name == way)
+
+
+def test_faces_weigh_more(objective: DiffusionObjective) -> None:
+    rows = torch.arange(3)
+    weights = objective._weights(objective.lessons, rows)
+    assert weights.shape == (3, 16, 16)
+    torch.testing.assert_close(weights.mean((1, 2)), torch.ones(3))
+    skin = (objective.lessons.pictures.field("parsing", rows) == 1).float()
+    inside = torch.nn.functional.adaptive_avg_pool2d(skin, 16) == 1
+    assert inside.any()
+    assert weights[inside].min() > 2 * weights.amin()
 
 
 def test_without_the_base_only_the_adapter_learns(objective: DiffusionObjective) -> None:

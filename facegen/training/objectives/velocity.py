@@ -32,9 +32,9 @@ class VelocityObjective:
         return picture * latents + rest * noise
 
     def errors(self, found: Tensor, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """The mean squared error of each row, (B,)."""
+        """The squared error of each place, mean over the channels, (B, h, w)."""
         picture, rest = self._levels(timesteps, latents)
-        return (found.float() - (picture * noise - rest * latents)).square().mean((1, 2, 3))
+        return (found.float() - (picture * noise - rest * latents)).square().mean(1)
 
     def clean(self, found: Tensor, noisy: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """The latents that a velocity implies, (B, C, h, w), and how much of the picture there was to see, (B,)."""
