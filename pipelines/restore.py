@@ -27,7 +27,7 @@ EVERYBODY = "all"
 _SHARES = (1.0, 0.75, 0.5, 0.25, 0.0)  # of the restored face, tried in turn until it is still the same person
 _SAME = 0.3  # cosine, where a face pack does not say from which on two photos count as one person
 _COARSE = 2  # latents a side whose mean must stay what it was in the damaged face
-_KEPT = (128, 24)  # shares of a face's crop: of blurs not worth mending, and of the worst that is reckoned with
+_KEPT = (64, 24)  # shares of a face's crop: finer than the first is always made anew, coarser than the second never
 _SOFT = 0.12  # of the face's width, over which a restored face fades in
 # ParseNet's and BiSeNet's classes that are not taken from the restored face; the official helpers' choice.
 _LEFT = ("background", "hat", "necklace", "neck", "cloth")
@@ -39,7 +39,7 @@ class _What(Request):
 
     image: Photo = photo("The photo whose faces are restored.", positional=True)
     fidelity: float = number(
-        0.5, "How close to stay to the damaged face: 0 the clearest, 1 the most faithful (diffusion changes nothing).",
+        0.8, "How close to stay to the damaged face: 0 the clearest, 1 the most faithful (diffusion changes nothing).",
         low=0, high=1, slider=(0, 1, 0.05),
     )  # fmt: skip
     restorer: str = text(
@@ -324,9 +324,9 @@ class RestorePipeline(Pipeline[RestoreRequest]):
             self._consistency(seen),
             *conditions,
         ]
-        # The blurrier the face, the less of it is worth keeping; a little more or less of that is fidelity.
+        # Twice the blur: noise and JPEG have spoilt what is only just larger, and make a face look sharper than it is.
         finest, coarsest = (job.crop.size / share for share in _KEPT)
-        sigma = min(max(blur_width(seen), finest), coarsest) * 4 ** (0.5 - request.fidelity)
+        sigma = min(max(2 * blur_width(seen), finest), coarsest)
         everywhere = torch.ones(1, *size)
         for places, made in self.repaint(request, seen, everywhere, steering, watch, batch):
             for index, one in zip(places, made, strict=True):
