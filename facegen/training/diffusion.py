@@ -230,7 +230,16 @@ class DiffusionObjective(Objective):
         embeddings = lessons.embeddings[self._other(lessons, rows, roll[2])] * with_face[:, None]
         control = self._control(lessons, rows, roll[3] >= settings.no_points) if way == "instantid" else None
         who = self._people[id(lessons)][rows] * with_face[:, None]
-        return Batch(way, lessons.latents[rows].float(), prompts, embeddings, control, who, asked(prompts), self._weights(lessons, rows))
+        return Batch(
+            way,
+            lessons.latents[rows].float(),
+            prompts,
+            embeddings,
+            control,
+            who,
+            asked(prompts),
+            self._weights(lessons, rows),
+        )
 
     @staticmethod
     def _other(lessons: Lessons, rows: Tensor, roll: Tensor) -> Tensor:
@@ -248,7 +257,7 @@ class DiffusionObjective(Objective):
     def _weights(self, lessons: Lessons, rows: Tensor) -> Tensor:
         """(B, h, w): a face is a small part of a picture, and the part that matters."""
         inside = torch.isin(lessons.pictures.field("parsing", rows), _FACE).float()
-        weights = 1 + self.settings.face * F.adaptive_avg_pool2d(inside, lessons.latents.shape[-2:])
+        weights = 1 + self.settings.face * F.adaptive_avg_pool2d(inside, tuple(lessons.latents.shape[-2:]))
         return weights / weights.mean((1, 2), keepdim=True)
 
     def _control(self, lessons: Lessons, rows: Tensor, kept: Tensor) -> Tensor:
