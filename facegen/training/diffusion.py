@@ -257,7 +257,8 @@ class DiffusionObjective(Objective):
     def _weights(self, lessons: Lessons, rows: Tensor) -> Tensor:
         """(B, h, w): a face is a small part of a picture, and the part that matters."""
         inside = torch.isin(lessons.pictures.field("parsing", rows), _FACE).float()
-        weights = 1 + self.settings.face * F.adaptive_avg_pool2d(inside, tuple(lessons.latents.shape[-2:]))
+        height, width = lessons.latents.shape[-2:]
+        weights = 1 + self.settings.face * F.adaptive_avg_pool2d(inside, (height, width))
         return weights / weights.mean((1, 2), keepdim=True)
 
     def _control(self, lessons: Lessons, rows: Tensor, kept: Tensor) -> Tensor:
