@@ -76,7 +76,7 @@ def test_damaged_metadata_and_files(tmp_path: Path) -> None:
 
 def test_an_unwritable_place_is_one_sentence(tmp_path: Path, record: metadata.Record) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputUnwritable, match="Cannot write"):
+    with pytest.raises(OutputUnwritable, match="cannot be written"):
         metadata.Picture.of(noise(), record).save(tmp_path / "file" / "a.png")
 
 
