@@ -45,7 +45,8 @@ def test_only_the_face_changes(swap: SwapPipeline, tiny: Path, drawn: Drawn) -> 
     differ = changed(target, free.images[0])
     assert differ.any()
     assert free.reports[0].measures["pixels changed outside"] == 0
-    assert free.reports[0].measures["share painted"] >= differ.mean()
+    # A report rounds to four digits.
+    assert free.reports[0].measures["share painted"] >= differ.mean() - 5e-5
     assert "points moved, in eye distances" in free.reports[0].measures
     assert changed(free.images[0], other.images[0]).any(), "guidance alone tells one source from another"
     swap.load_adapter(tiny / "adapters" / "instantid")
