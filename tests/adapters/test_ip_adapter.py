@@ -86,7 +86,8 @@ def test_the_other_half_sees_grey(variant: IPAdapter, clip: ClipView, model: Mod
     grey = torch.zeros(1, 1, POOLED) if variant.variant == "plain" else clip.features(zero)
     shape = (1, 5, CLIP) if variant.variant != "plain" else (1, 1, POOLED)
     uncond, cond = variant.tokens(torch.zeros(shape))
-    assert torch.equal(uncond, cond)
+    # Rows of one matrix product: how it is cut among threads moves the last bit.
+    assert torch.allclose(uncond, cond, atol=1e-6)
     assert torch.allclose(uncond, variant.projector(grey), atol=1e-6)
     some = variant.tokens(torch.ones(2, *shape[1:]))
     assert torch.allclose(some[0, :1], uncond, atol=1e-6)
