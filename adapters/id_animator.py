@@ -16,9 +16,19 @@ from PIL import Image
 from torch import Tensor, nn
 
 from facegen import checkpoints
-from facegen.adapter import Adapter, AdapterRequest, FaceLike, halves, ready, seen, stacked, trainable
+from facegen.adapter import (
+    Adapter,
+    AdapterRequest,
+    FaceLike,
+    beside_text,
+    halves,
+    ready,
+    seen,
+    stacked,
+    trainable,
+)
 from facegen.checkpoints import SAFE, Shapes, base_name, section
-from facegen.conditions import Condition, TokenCondition
+from facegen.conditions import Condition
 from facegen.errors import CheckpointBroken, WrongRequest
 from facegen.models.clip import ClipView, Sight, centre, clip_pixels, fitting_clip
 from facegen.models.resampler import PerceiverSizes, Resampler
@@ -138,16 +148,7 @@ class IDAnimator(Adapter):
         self, embeddings: Tensor, model: Model, request: AdapterRequest | None = None
     ) -> list[Condition]:
         request = request or AdapterRequest()
-        return [
-            TokenCondition(
-                tokens=self.tokens(embeddings, request.guidance),
-                layers=self.streams.layers,
-                lora=self.streams.lora,
-                scale=self.strength if request.scale is None else request.scale,
-                span=request.span,
-                mask=request.mask,
-            )
-        ]
+        return [beside_text(self.tokens(embeddings, request.guidance), self.streams, request, self.strength)]
 
     def gather(self, faces: Sequence[FaceLike]) -> Tensor:
         """What CLIP sees of each aligned face, (1, n, S, D); aligned at 112 pixels and enlarged, as it was trained."""

@@ -21,9 +21,19 @@ import torch
 from torch import Tensor, nn
 
 from facegen import checkpoints
-from facegen.adapter import Adapter, AdapterRequest, FaceLike, halves, ready, seen, stacked, trainable
+from facegen.adapter import (
+    Adapter,
+    AdapterRequest,
+    FaceLike,
+    beside_text,
+    halves,
+    ready,
+    seen,
+    stacked,
+    trainable,
+)
 from facegen.checkpoints import SAFE, Shapes, Tensors, base_name, section
-from facegen.conditions import Condition, TokenCondition
+from facegen.conditions import Condition
 from facegen.errors import WrongRequest
 from facegen.models.clip import CLIP_WIDTHS, ClipView, Sight, centre, clip_pixels, fitting_clip
 from facegen.models.projections import LinearProjection, PatchProjection
@@ -157,15 +167,7 @@ class IPAdapter(Adapter):
         self, embeddings: Tensor, model: Model, request: AdapterRequest | None = None
     ) -> list[Condition]:
         request = request or AdapterRequest()
-        return [
-            TokenCondition(
-                tokens=self.tokens(embeddings, request.guidance),
-                layers=self.streams.layers,
-                scale=self.strength if request.scale is None else request.scale,
-                span=request.span,
-                mask=request.mask,
-            )
-        ]
+        return [beside_text(self.tokens(embeddings, request.guidance), self.streams, request, self.strength)]
 
     def gather(self, faces: Sequence[FaceLike]) -> Tensor:
         """What CLIP sees of each photo, (1, n, S, D)."""

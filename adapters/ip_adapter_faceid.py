@@ -26,6 +26,7 @@ from facegen.adapter import (
     Adapter,
     AdapterRequest,
     FaceLike,
+    beside_text,
     fused,
     halves,
     ready,
@@ -36,7 +37,7 @@ from facegen.adapter import (
     with_zeros,
 )
 from facegen.checkpoints import SAFE, Shapes, Tensors, base_name, section
-from facegen.conditions import Condition, TokenCondition
+from facegen.conditions import Condition
 from facegen.errors import WrongAdapter, WrongRequest
 from facegen.models.clip import IMAGE_ENCODER, ClipView, load_clip
 from facegen.models.projections import FacePlusProjection, FaceProjection, ProjectionSizes
@@ -193,16 +194,7 @@ class IPAdapterFaceID(Adapter):
     ) -> list[Condition]:
         """See Adapter; the Plus variants need `request.clip`."""
         request = request or AdapterRequest()
-        return [
-            TokenCondition(
-                tokens=self.tokens(embeddings, request),
-                layers=self.streams.layers,
-                lora=self.streams.lora,
-                scale=self.strength if request.scale is None else request.scale,
-                span=request.span,
-                mask=request.mask,
-            )
-        ]
+        return [beside_text(self.tokens(embeddings, request), self.streams, request, self.strength)]
 
     def gather(self, faces: Sequence[FaceLike]) -> Tensor:
         """Portrait takes the photos side by side, (1, n, D); the others fuse them, (1, D)."""

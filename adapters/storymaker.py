@@ -23,6 +23,7 @@ from facegen.adapter import (
     AdapterRequest,
     FaceLike,
     SeenFace,
+    beside_text,
     fused,
     halves,
     ready,
@@ -32,7 +33,7 @@ from facegen.adapter import (
     with_zeros,
 )
 from facegen.checkpoints import SAFE, Shapes, base_name, section
-from facegen.conditions import Condition, TokenCondition
+from facegen.conditions import Condition
 from facegen.errors import CheckpointBroken, WrongAdapter, WrongMask, WrongRequest
 from facegen.models.clip import IMAGE_ENCODER, ClipView, clip_pixels, load_clip
 from facegen.models.projections import FacePlusProjection, ProjectionSizes
@@ -254,16 +255,7 @@ class StoryMaker(Adapter):
     ) -> list[Condition]:
         """See Adapter; needs `request.clip` and `request.body`."""
         request = request or AdapterRequest()
-        return [
-            TokenCondition(
-                tokens=self.tokens(embeddings, request),
-                layers=self.streams.layers,
-                lora=self.streams.lora,
-                scale=self.strength if request.scale is None else request.scale,
-                span=request.span,
-                mask=request.mask,
-            )
-        ]
+        return [beside_text(self.tokens(embeddings, request), self.streams, request, self.strength)]
 
     def complete(self, faces: Sequence[FaceLike], request: AdapterRequest) -> AdapterRequest:
         """CLIP's pixels of the first photo's face and, where the request has none, of the whole photo as the body."""

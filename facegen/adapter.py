@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from facegen import checkpoints
 from facegen.checkpoints import Shapes
-from facegen.conditions import Condition, Scale, Span
+from facegen.conditions import Condition, Scale, Span, TokenCondition
 from facegen.errors import CheckpointBroken, FacegenError, WeightsMissing, WrongAdapter, WrongRequest
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from facegen.face.types import Face
     from facegen.models.base import Model
+    from facegen.models.streams import Streams
 
 logger = logging.getLogger(__name__)
 
@@ -269,6 +270,18 @@ def delayed(share: float) -> tuple[float, float]:
 
 
 # --- modules --------------------------------------------------------------------------------------------------------
+
+
+def beside_text(tokens: Tensor, streams: Streams, request: AdapterRequest, strength: Scale) -> TokenCondition:
+    """Tokens (2, B, N, width) in a stream of their own, as the request asks; strength: where it leaves that open."""
+    return TokenCondition(
+        tokens=tokens,
+        layers=streams.layers,
+        lora=streams.lora,
+        scale=strength if request.scale is None else request.scale,
+        span=request.span,
+        mask=request.mask,
+    )
 
 
 def ready(module: nn.Module, model: Model) -> None:

@@ -631,7 +631,7 @@ def _eval(arguments: argparse.Namespace) -> int:
 def _eval_edit(request: EvalRequest, output: Path | None, arguments: argparse.Namespace) -> int:
     """The table of a task that changes one thing."""
     from facegen.evaluation import edits
-    from facegen.files import atomic
+    from facegen.files import write_json
     from facegen.pipeline import Loading, task
     from facegen.request import make
 
@@ -646,8 +646,7 @@ def _eval_edit(request: EvalRequest, output: Path | None, arguments: argparse.Na
     with bar(arguments) as progress:
         shown = edits.run(request.measure, call, plan, lambda done, total: progress.show(done, total, "pictures"))
     if output is not None:
-        with atomic(output) as temporary:
-            temporary.write_text(json.dumps(shown.to_json(), indent=2) + "\n", "utf-8")
+        write_json(output, shown.to_json())
     say(json.dumps(shown.to_json()) if arguments.json else str(shown))
     return 0
 

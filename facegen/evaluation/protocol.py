@@ -7,7 +7,6 @@ Pairs of different people's pictures are the floor and set the threshold. The ju
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -19,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from facegen.errors import WrongRequest
+from facegen.files import write_json
 
 if TYPE_CHECKING:
     from facegen.adapter import Adapter
@@ -130,7 +130,7 @@ def run(
     with torch.no_grad():
         result = _measure(plan, judges, base, loaded, on_progress or (lambda done, total: None))
     if output is not None:
-        _write(result, output)
+        write_json(output, result.to_json())
     return result
 
 
@@ -248,10 +248,3 @@ class _Tally:
             self.hit / max(1, self.asked),
             float(torch.cat(self.found).float().mean()),
         )
-
-
-def _write(result: Result, path: Path) -> None:
-    from facegen.files import atomic
-
-    with atomic(path) as temporary:
-        temporary.write_text(json.dumps(result.to_json(), indent=2) + "\n", "utf-8")

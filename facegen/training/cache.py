@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from facegen.errors import WeightsMissing, WrongRequest
-from facegen.files import atomic
+from facegen.files import write_json
 from facegen.world.parameters import GROUPS, Scenes
 
 logger = logging.getLogger(__name__)
@@ -88,8 +88,7 @@ def _agree(folder: Path, plan: CachePlan) -> None:
         if different:
             raise WrongRequest(f"{folder} was begun with another {', '.join(different)}; choose another folder.")
         wanted["people"] = max(wanted["people"], found["people"])
-    with atomic(path) as temporary:
-        temporary.write_text(json.dumps(wanted, indent=2) + "\n", "utf-8")
+    write_json(path, wanted)
 
 
 def _draw(plan: CachePlan, people: Sequence[int], pictures: Sequence[int], batch: int = 20) -> dict[str, np.ndarray]:

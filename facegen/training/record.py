@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from facegen.files import atomic
+from facegen.files import write_json
 
 MINI = Path(__file__).resolve().parents[1] / "assets" / "mini"
 
@@ -38,6 +38,5 @@ def record(stage: str, figures: Mapping[str, Any], path: Path = MINI / "mini.jso
     path.parent.mkdir(parents=True, exist_ok=True)
     with _locked(path.with_name(f".{path.name}.lock")):
         stages: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.exists() else {}
-        stages[stage] = {**stages.get(stage, {}), **figures}
-        with atomic(path) as temporary:
-            temporary.write_text(json.dumps(stages, indent=2, sort_keys=True) + "\n", "utf-8")
+        stages[stage] = dict(sorted({**stages.get(stage, {}), **figures}.items()))
+        write_json(path, dict(sorted(stages.items())))
