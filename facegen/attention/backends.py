@@ -10,7 +10,7 @@ values and every stream at once, gives all of them to one kernel when it finds t
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,40 @@ def math(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) 
     if bias is not None:
         logits = logits + bias.to(wide)
     return (logits.softmax(dim=-1) @ value.to(wide)).to(query.dtype)
+
+
+class _Plain(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        shape, width = query.shape, query.shape[-1]
+        # (R * H, L, d), (R * H, N, d), (R * H, N, d)
+        query, key, value = (x.reshape(-1, x.shape[2], width) for x in (query * width**-0.5, key, value))
+        weights = torch.bmm(query, key.mT).float().softmax(-1).to(query.dtype)
+        found = torch.bmm(weights, value)
+        ctx.save_for_backward(query, key, value, weights, found)
+        return found.view(shape)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value, weights, found = ctx.saved_tensors
+        rows, heads, _, width = gradients[0].shape
+        given = gradients[0].reshape(found.shape)
+        # The softmax's share is one number per query (Dao et al. 2022, FlashAttention, eq. 4).
+        tilt = (given * found).sum(-1, keepdim=True)
+        logits = torch.bmm(given, value.mT).sub_(tilt).mul_(weights)
+        parts = torch.bmm(logits, key) * width**-0.5, torch.bmm(logits.mT, query), torch.bmm(weights.mT, given)
+        of_query, of_key, of_value = (part.view(rows, heads, -1, width) for part in parts)
+        return of_query, of_key, of_value
+
+
+def plain(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Batched matrix products and a backward pass of our own: for training on a CPU, where PyTorch's are slow.
+
+    Keeps the (L, N) weights in the inputs' precision for the backward pass. With a bias: `sdpa`.
+    """
+    if bias is not None:
+        return sdpa(query, key, value, bias)
+    return cast(Tensor, _Plain.apply(query, key, value))
 
 
 def xformers(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -71,7 +105,7 @@ def fused_kernel(query: Tensor) -> Callable[[Tensor, Segments], Tensor]:
     return triton_kernel.fused
 
 
-BACKENDS: dict[str, Backend] = {"sdpa": sdpa, "math": math, "xformers": xformers, "triton": triton}
+BACKENDS: dict[str, Backend] = {"sdpa": sdpa, "math": math, "plain": plain, "xformers": xformers, "triton": triton}
 
 
 def backend_by_name(name: str) -> Backend:

@@ -23,6 +23,7 @@ from facegen.adapter import Adapter, AdapterRequest, halves
 from facegen.adapters.arc2face import Arc2Face
 from facegen.adapters.instantid import InstantID, draw
 from facegen.adapters.ip_adapter_faceid import IPAdapterFaceID
+from facegen.attention.backends import plain
 from facegen.conditions import Condition, TextCondition
 from facegen.memory import MemoryPlan
 from facegen.models.base import Model
@@ -299,7 +300,8 @@ class DiffusionObjective(Objective):
         noisy = self.velocity.noisy(batch.latents, noise, timesteps).contiguous(memory_format=torch.channels_last)
         # On a CPU the fused attention's backward pass is several times slower than plain matrix products.
         with sdpa_kernel([SDPBackend.MATH] if noisy.device.type == "cpu" else _ALL_KERNELS):
-            prepared = self.model.prepare(self.conditions(batch), len(batch.latents), guidance=False)
+            backend = plain if noisy.device.type == "cpu" else None
+            prepared = self.model.prepare(self.conditions(batch), len(batch.latents), guidance=False, backend=backend)
             found = self.model.predict(noisy, timesteps, prepared.throughout())
         error = (batch.weights * self.velocity.errors(found, batch.latents, noise, timesteps)).mean()
         losses = {"loss": error, f"loss_{batch.way}": error}

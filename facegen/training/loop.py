@@ -22,6 +22,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from facegen.allocator import keep_memory
 from facegen.errors import Cancelled, CheckpointBroken, WrongRequest
 from facegen.training.checkpoint import (
     flatten_optimiser,
@@ -308,6 +309,7 @@ def run(
     """
     from tqdm import tqdm
 
+    keep_memory()
     torch.manual_seed(settings.seed)
     folder.mkdir(parents=True, exist_ok=True)
     state = _Run(objective, folder, settings)

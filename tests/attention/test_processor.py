@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from facegen.attention.backends import BACKENDS, backend_by_name, math, sdpa
+from facegen.attention.backends import BACKENDS, Backend, backend_by_name, math, plain, sdpa
 from facegen.attention.processor import FacegenAttention, StreamGroup, merge_heads, mix, split_heads
 from facegen.attention.weights import KV, LowRank, add_low_rank, layer_widths
 from facegen.conditions import ReferenceCondition, TextCondition, TokenCondition
@@ -58,15 +58,29 @@ def test_heads_split_and_merge() -> None:
     assert torch.equal(merge_heads(split_heads(x, 3)), x)
 
 
+@pytest.mark.parametrize("backend", [sdpa, plain])
 @pytest.mark.parametrize("bias", [None, draw(5, 6, 9)])
-def test_backends_agree(bias: Tensor | None) -> None:
+def test_backends_agree(backend: Backend, bias: Tensor | None) -> None:
     q, k, v = heads(1), heads(2, length=9), heads(3, length=9)
-    assert torch.allclose(sdpa(q, k, v, bias), math(q, k, v, bias), atol=1e-6)
+    assert torch.allclose(backend(q, k, v, bias), math(q, k, v, bias), atol=1e-6)
+
+
+def test_plain_attention_has_the_gradients_of_math() -> None:
+    given = heads(4).double()
+    found = []
+    for backend in (plain, math):
+        inputs = [x.double().requires_grad_() for x in (heads(1), heads(2, length=9), heads(3, length=9))]
+        backend(*inputs, None).backward(given)
+        found.append([x.grad for x in inputs])
+    for one, other in zip(*found, strict=True):
+        assert one is not None
+        assert other is not None
+        assert torch.allclose(one, other, rtol=1e-5, atol=1e-6)  # plain's softmax is in float32
 
 
 def test_unknown_backends_are_refused() -> None:
     assert backend_by_name("math") is math
-    assert set(BACKENDS) == {"sdpa", "math", "xformers", "triton"}
+    assert set(BACKENDS) == {"sdpa", "math", "plain", "xformers", "triton"}
     with pytest.raises(WrongRequest, match="sdpa"):
         backend_by_name("flash9000")
 
