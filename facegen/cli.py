@@ -433,12 +433,13 @@ def writable(folder: Path) -> None:
 class Bar:
     """A progress bar on stderr, shown only to people."""
 
-    def __init__(self, quiet: bool) -> None:
+    def __init__(self, quiet: bool, unit: str) -> None:
         from tqdm import tqdm
 
         # disable=None hides the bar where stderr is no terminal
+        hidden, scaled = True if quiet else None, unit == "B"
         self._bar: Any = tqdm(
-            total=0, disable=True if quiet else None, file=sys.stderr, leave=False, unit="step", dynamic_ncols=True
+            total=0, disable=hidden, file=sys.stderr, leave=False, unit=unit, unit_scale=scaled, dynamic_ncols=True
         )
 
     def show(self, done: int, total: int, stage: str) -> None:
@@ -458,8 +459,8 @@ class Bar:
 
 
 @contextmanager
-def bar(arguments: argparse.Namespace) -> Iterator[Bar]:
-    made = Bar(arguments.quiet)
+def bar(arguments: argparse.Namespace, unit: str = "step") -> Iterator[Bar]:
+    made = Bar(arguments.quiet, unit)
     try:
         yield made
     finally:
@@ -766,14 +767,24 @@ def _short(recorded: Mapping[str, Any]) -> str:
 
 
 def _weights(arguments: argparse.Namespace) -> int:
-    from facegen import hub
+    from facegen import weights_verb
 
-    rows = hub.listing()
+    with bar(arguments, "B") as progress:
+        asked = weights_verb.Asked(
+            names=tuple(arguments.names),
+            everything=arguments.all,
+            needs=arguments.with_needs,
+            commercial_only=arguments.commercial_only,
+            watch=lambda name, done, total: progress.show(done, total, name),
+        )
+        told = weights_verb.ACTIONS[arguments.action](asked)
     if arguments.json:
-        say(json.dumps([row.to_json() for row in rows]))
-        return 0
-    for row in rows:
-        say(str(row))
+        say(json.dumps(told.data))
+    else:
+        for line in told.lines:
+            say(line)
+    if told.problem is not None:
+        raise told.problem
     return 0
 
 
@@ -799,6 +810,16 @@ def _picture_flags(parser: argparse.ArgumentParser) -> None:
 
 def _world_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", metavar="PATH", help="the sheet's file, or the dataset's folder")
+
+
+def _weights_flags(parser: argparse.ArgumentParser) -> None:
+    actions = ("list", "fetch", "verify", "where")
+    parser.add_argument("action", nargs="?", choices=actions, default="list", help="what to do (default list)")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="sets, or single files of them as set/file")
+    parser.add_argument("--all", action="store_true", help="fetch: the optional files too, and every one of several")
+    parser.add_argument("--with-needs", action="store_true", help="fetch: also what the weights work only with")
+    parser.add_argument("--commercial-only", action="store_true", help="refuse what may not be used commercially")
+    _json_flag(parser)
 
 
 def _look_flags(parser: argparse.ArgumentParser) -> None:
@@ -841,8 +862,10 @@ HOUSE: Mapping[str, Command] = {
         about=TrainRequest.task, run=_train, requests=(TrainRequest,), example="facegen train mini --budget 0.1"
     ),
     "eval": Command(about=EvalRequest.task, run=_eval, requests=(EvalRequest,), more=_json_flag),
-    "weights": Command(about="List the weights that are known: where they are, where they come from, their licences.",
-        run=_weights, more=_json_flag),
+    "weights": Command(
+        about="The published weights: list them, fetch or verify them, say where they are.",
+        run=_weights, more=_weights_flags, example="facegen weights fetch instantid --with-needs",
+    ),
     "doctor": Command(about="Say what is missing on this machine and how to mend it.", run=_doctor, more=_json_flag),
     "demo": Command(about=DemoRequest.task, run=_demo, requests=(DemoRequest,)),
 }  # fmt: skip

@@ -45,6 +45,10 @@ class WeightsMissing(FacegenError):
     """Weights that are not on this machine; the text names the files and where to put them."""
 
 
+class NotCommercial(FacegenError):
+    """Weights whose terms forbid commercial use, where only others were asked for."""
+
+
 class PackageMissing(FacegenError):
     """An optional package or system library that this call needs."""
 
