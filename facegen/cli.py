@@ -32,6 +32,7 @@ from facegen.request import (
     integer,
     names,
     number,
+    parts_words,
     person_words,
     photo,
     photos,
@@ -744,6 +745,8 @@ def _words(name: str, kind: str, value: Any) -> list[str]:
 
 
 def _curve(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return parts_words(value)
     return ",".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
 
 

@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from facegen.face.parse import FaceParser
     from facegen.face.types import Face
     from facegen.models.base import Model
+    from facegen.models.lora_blocks import Blocks
     from facegen.report import Judges, Report
 
 log = logging.getLogger(__name__)
@@ -138,9 +139,12 @@ class PersonRequest(Request):
     scheduler: str = choice(
         "model", "How the noise is removed; model: as the model was published.", NAMES, advanced=True
     )
-    loras: Mapping[str, Curve] = strengths(
-        {}, "LoRA files, each with a strength: style.safetensors=0.8.", advanced=True
-    )
+    loras: Mapping[str, Curve | Blocks] = strengths(
+        {},
+        "LoRA files, each with a strength: style.safetensors=0.8, or one for each block of the UNet:"
+        " style.safetensors=down:0.5,mid:1,up:0.3, as kohya's list =lbw:1,0,….",
+        parts=True, advanced=True,
+    )  # fmt: skip
     select: str = choice(
         "only", "Which face of a photo that shows several.", ("only", "largest", "central"), advanced=True
     )
@@ -673,17 +677,22 @@ class Pipeline(ABC, Generic[R]):
             raise WrongRequest(f"{' and '.join(foreign)} each bring a UNet of their own, so only one of them can act.")
         return next(iter(foreign.values()), self.model)
 
-    def worn_loras(self, loras: Mapping[str, Curve]) -> list[LoraCondition]:
-        """LoRA files with their strengths as conditions; a file is read once."""
+    def worn_loras(self, loras: Mapping[str, Curve | Blocks]) -> list[LoraCondition]:
+        """LoRA files, or names that the hub knows, with their strengths as conditions; a file is read once."""
         from facegen.models.lora import load_lora
+        from facegen.models.lora_blocks import in_blocks
 
         worn: list[LoraCondition] = []
         for name, strength in loras.items():
-            path = Path(name).expanduser()
-            key = (str(path), path.stat().st_mtime if path.is_file() else 0.0)
+            path = _lora_path(name)
+            key = (str(path), path.stat().st_mtime if path.exists() else 0.0)
             if key not in self.loaded.loras:
                 self.loaded.loras[key] = load_lora(path, self.model)
-            worn.append(replace(self.loaded.loras[key], scale=strength))
+            lora = self.loaded.loras[key]
+            if isinstance(strength, Mapping):
+                worn.append(in_blocks(lora, strength, self.model))
+            else:
+                worn.append(replace(lora, scale=strength))
         return worn
 
     def size(self, request: Any) -> tuple[int, int]:
@@ -793,10 +802,8 @@ class Pipeline(ABC, Generic[R]):
         return replace(report, people=people, measures=measures)
 
     def _loaded_json(self, request: R) -> dict[str, Any]:
-        from facegen import metadata
-
         adapters: tuple[str, ...] = getattr(request, "adapters", ())
-        loras: Mapping[str, Curve] = getattr(request, "loras", {})
+        loras: Mapping[str, Any] = getattr(request, "loras", {})
         return {
             **to_json(self.loaded.loading),
             "device": str(self.model.device),
@@ -806,7 +813,7 @@ class Pipeline(ABC, Generic[R]):
                 name: {"source": self.loaded.adapters[name].source, "sha256": self.loaded.adapters[name].sha256}
                 for name in adapters
             },
-            "loras": {name: metadata.file_checksum(Path(name).expanduser()) for name in loras},
+            "loras": {name: _weights_checksum(_lora_path(name)) for name in loras},
         }
 
     def _request_json(self, request: R) -> dict[str, Any]:
@@ -820,6 +827,14 @@ def _per_step(curve: Curve | None, steps: int) -> Curve | None:
     if not callable(curve):
         return curve
     return tuple(float(curve(index / max(steps - 1, 1))) for index in range(steps))
+
+
+def _lora_path(name: str) -> Path:
+    """A LoRA's file or folder where it lies, or where the hub keeps what goes by that name."""
+    from facegen.hub import resolve
+
+    path = Path(name).expanduser()
+    return path if path.exists() or path.suffix else resolve(name)
 
 
 def _photo_name(photo: Photo) -> str:

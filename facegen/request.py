@@ -50,6 +50,7 @@ class Spec:
     lines: int = 1  # height of the text box in the demo
     advanced: bool = False  # folded away in the demo
     of: str = ""  # a mask: the field of the photo over which it is drawn
+    parts: bool = False  # strengths: one of them may again be numbers by name, as in down:0.5,mid:1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -312,7 +313,7 @@ def _check_curve(name: str, spec: Spec, value: Any) -> Curve:
     return _check_number(name, spec, value)
 
 
-def _check_strengths(name: str, spec: Spec, value: Any) -> Strengths:
+def _check_strengths(name: str, spec: Spec, value: Any) -> Any:
     if isinstance(spec.default, Mapping) and isinstance(value, (str, Path)):
         value = {str(value): 1.0}
     elif isinstance(spec.default, Mapping) and not isinstance(value, Mapping):
@@ -323,8 +324,19 @@ def _check_strengths(name: str, spec: Spec, value: Any) -> Strengths:
         for key in value:
             if not isinstance(key, (str, Path)) or not str(key):
                 raise WrongRequest(f"{name} must be keyed by name, not by {_shown(key)}.")
-        return {str(key): _check_curve(f"{name} of {key}", spec, curve) for key, curve in value.items()}
+        return {str(key): _check_parts(f"{name} of {key}", spec, curve) for key, curve in value.items()}
     return _check_curve(name, spec, value)
+
+
+def _check_parts(name: str, spec: Spec, value: Any) -> Curve | dict[str, Any]:
+    if not spec.parts or not isinstance(value, Mapping):
+        return _check_curve(name, spec, value)
+    if not value or not all(isinstance(key, str) and key for key in value):
+        raise WrongRequest(f"{name} must be numbers by name, such as down:0.5,mid:1, not {_shown(value)}.")
+    found = {key: _check_curve(f"{name} in {key}", spec, one) for key, one in value.items()}
+    if any(callable(one) for one in found.values()):
+        raise WrongRequest(f"{name} cannot change over the steps where it has names of its own.")
+    return found
 
 
 _CHECKS: Mapping[Kind, Callable[[str, Spec, Any], Any]] = {
@@ -547,8 +559,10 @@ def _parse_strengths(name: str, spec: Spec, words: Sequence[str]) -> Any:
         if not equals and isinstance(spec.default, Mapping):
             named[word] = 1.0
             continue
-        points = tuple(_typed(name, float, point, "a number, or numbers with commas") for point in value.split(","))
-        curve = points[0] if len(points) == 1 else points
+        if spec.parts and equals and ":" in value:
+            named[key] = _parse_parts(name, value)
+            continue
+        curve = _parse_curve(name, value.split(","))
         if equals:
             named[key] = curve
         else:
@@ -558,6 +572,28 @@ def _parse_strengths(name: str, spec: Spec, words: Sequence[str]) -> Any:
     if len(plain) > 1:
         raise WrongRequest(f"{name} takes one number, or one curve like 0,0.5,1, not {' '.join(words)}.")
     return plain[0] if plain else named
+
+
+def _parse_curve(name: str, words: Sequence[str]) -> float | tuple[float, ...]:
+    points = tuple(_typed(name, float, point, "a number, or numbers with commas") for point in words)
+    return points[0] if len(points) == 1 else points
+
+
+def _parse_parts(name: str, value: str) -> dict[str, float | tuple[float, ...]]:
+    """`down:0.5,mid:1,up:0.3` · `up:0.3,0.2,0` · `lbw:1,0,…`: numbers without a name belong to the one before."""
+    words: dict[str, list[str]] = {}
+    last = ""
+    for word in value.split(","):
+        part, colon, number = word.rpartition(":")
+        last = part if colon else last
+        words.setdefault(last, []).append(number)
+    return {part: _parse_curve(f"{name} in {part}", numbers) for part, numbers in words.items()}
+
+
+def parts_words(parts: Mapping[str, Any]) -> str:
+    """Numbers by name as :func:`parse` reads them."""
+    shown = {part: value if isinstance(value, (tuple, list)) else (value,) for part, value in parts.items()}
+    return ",".join(f"{part}:{','.join(map(str, values))}" for part, values in shown.items())
 
 
 # Demo and README

@@ -23,7 +23,7 @@ class Paint(rq.Request):
     guidance_scale: float = rq.number(5.0, "How closely to follow the prompt.", low=0, high=50, alias="cfg")
     select: str = rq.choice("only", "Which face.", ("only", "largest"))
     strength: rq.Strengths = rq.strengths(1.0, "How strongly.", low=0, high=2)
-    loras: dict[str, rq.Curve] = rq.strengths({}, "LoRA files.")
+    loras: dict[str, rq.Curve] = rq.strengths({}, "LoRA files.", parts=True)
     adapters: tuple[str, ...] = rq.names((), "Adapters.")
     upscale: bool = rq.switch(False, "Make it bigger.")
 
@@ -53,6 +53,10 @@ def flags(*words: str, base: Paint | None = None) -> Paint:
         ("strength", {"instantid": 3}, "strength of instantid must be from 0 to 2"),
         ("strength", {"": 1}, "keyed by name"),
         ("loras", 0.5, "loras must be names"),
+        ("loras", {"a": {"mid": "1"}}, "loras of a in mid must be a number"),
+        ("loras", {"a": {}}, "numbers by name"),
+        ("loras", {"a": {"mid": math.sin}}, "cannot change over the steps"),
+        ("strength", {"a": {"mid": 1}}, "strength of a must be a number"),
         ("adapters", 5, "list of names"),
         ("faces", [3], "faces must be a picture"),
         ("faces", "", "faces must be a picture"),
@@ -91,6 +95,14 @@ def test_flags_are_the_fields() -> None:
     assert flags("--faces", "a.jpg", "--strength", "0,0.5,1").strength == (0.0, 0.5, 1.0)
     assert flags("--strength", "instantid=0.8", "b=0,1").strength == {"instantid": 0.8, "b": (0.0, 1.0)}
     assert flags("--loras", "a.safetensors", "b=c.pt=0.5").loras == {"a.safetensors": 1.0, "b=c.pt": 0.5}
+    by_block = flags("--loras", "a=down:0.5,mid:1,up:0.3,0.2", "b=lbw:1,0,0.5", "c=0,1").loras
+    assert by_block == {
+        "a": {"down": 0.5, "mid": 1.0, "up": (0.3, 0.2)},
+        "b": {"lbw": (1.0, 0.0, 0.5)},
+        "c": (0.0, 1.0),
+    }
+    assert flags("--loras", *(f"{name}={rq.parts_words(one)}" for name, one in by_block.items() if name != "c")).loras
+    assert rq.parts_words(by_block["a"]) == "down:0.5,mid:1.0,up:0.3,0.2"
     assert flags("--steps", "9", base=Paint(prompt="kept", steps=3)) == Paint(prompt="kept", steps=9)
 
 
@@ -109,7 +121,9 @@ def test_a_wrong_flag_is_refused(words: tuple[str, ...], says: str) -> None:
 
 
 def test_json_brings_the_same_request_back() -> None:
-    request = Paint(faces=("a.jpg",), mask="m.png", strength={"a": (0.0, 1.0)}, loras={"l": 0.3}, height=64)
+    request = Paint(
+        faces=("a.jpg",), mask="m.png", strength={"a": (0.0, 1.0)}, loras={"l": {"up": (0.3, 1.0)}}, height=64
+    )
     assert rq.from_json(Paint, rq.to_json(request)) == request
     with pytest.raises(WrongRequest, match="function"):
         rq.to_json(Paint(strength=lambda t: t))

@@ -6,102 +6,162 @@ gone afterwards.
 
 from __future__ import annotations
 
+import json
+import re
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from torch import Tensor, nn
 
-from facegen.checkpoints import read
+from facegen.checkpoints import SAFE, SUFFIXES, read
 from facegen.conditions import LoraCondition, LowRankWeights, Scale
-from facegen.errors import CheckpointBroken, WrongAdapter, WrongBaseModel
+from facegen.errors import CheckpointBroken, WeightsMissing, WrongAdapter, WrongBaseModel
+from facegen.models.lora_names import Names, part_of
 
 if TYPE_CHECKING:
     from facegen.models.base import Model
 
-TEXT_PREFIXES = ("text_encoder.", "text_encoder_2.")
+# What a file may be instead of a plain LoRA, by marks in its keys.
+_OTHERS = {"dora_scale": "DoRA", "lora_magnitude_vector": "DoRA", "hada_w": "LoHa", "lokr_w": "LoKr", "oft_": "OFT"}
+_STEMS = ("pytorch_lora_weights", "adapter_model")  # diffusers' and peft's names for the file in a folder
+_NETWORKS = ("unet", "text_encoder", "text_encoder_2")
+_METADATA = "lora_adapter_metadata"  # in the header of the files that diffusers writes
 
 
 def load_lora(path: str | Path, model: Model, *, scale: Scale = 1.0) -> LoraCondition:
-    """Read a kohya, diffusers or peft LoRA file for the model's UNet and text encoders.
+    """Read a LoRA for the model's UNet and text encoders: kohya's, LyCORIS' LoCon, diffusers' or peft's, LCM-LoRA too.
 
+    path: the file, or a folder as diffusers (pytorch_lora_weights.safetensors) or peft write it (adapter_model beside
+    adapter_config.json, for the UNet or in folders named after the networks). Alphas are those of the file, of its
+    header or of the configuration beside it; without one a layer acts at its full strength.
     Raises WeightsMissing (no such file), CheckpointBroken (truncated, halves missing), WrongAdapter (no LoRA, or of a
     kind that is not supported), WrongBaseModel (made for another architecture).
     """
     path = Path(path)
-    return lora_from_tensors(read(path), model, path, scale=scale)
+    tensors: dict[str, Tensor] = {}
+    declared: dict[str, Mapping[str, Any]] = {}
+    for network, file in _files(path):
+        prefix = f"{network}." if network else ""
+        tensors |= {prefix + key.removeprefix("base_model.model."): value for key, value in read(file).items()}
+        declared |= _declared(file, network)
+    return _condition(tensors, model, path, declared, scale)
 
 
 def lora_from_tensors(tensors: Mapping[str, Tensor], model: Model, path: Path, *, scale: Scale = 1.0) -> LoraCondition:
     """The same from tensors that were read from `path`, or from a part of it; raises as `load_lora`."""
-    tensors = {key.removeprefix("base_model.model."): value for key, value in tensors.items()}
-    if not any("lora" in key for key in tensors):
+    return _condition(tensors, model, path, {}, scale)
+
+
+def _condition(
+    tensors: Mapping[str, Tensor], model: Model, path: Path, declared: Mapping[str, Mapping[str, Any]], scale: Scale
+) -> LoraCondition:
+    for mark, kind in _OTHERS.items():
+        if any(mark in key for key in tensors):
+            raise WrongAdapter(f"{path.name} is a {kind} file; only plain LoRA is supported.")
+    layers: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
+    foreign = []
+    for key, value in tensors.items():
+        part = part_of(key)
+        if part is None:
+            foreign.append(key)
+        else:
+            layers[part.layer][part.half] = value
+    if not any(half != "alpha" for halves in layers.values() for half in halves):
         raise WrongAdapter(f"{path.name} holds no LoRA weights.")
-    if any(mark in key for key in tensors for mark in ("dora_scale", "hada_w", "lokr_w")):
-        raise WrongAdapter(f"{path.name} is a DoRA, LoHa or LoKr file; only plain LoRA is supported.")
-    plain, alphas = _to_diffusers(tensors, model)
-    groups = _pair_up(plain, alphas, path)
-    unet = {name.removeprefix("unet."): low for name, low in groups.items() if not name.startswith(TEXT_PREFIXES)}
-    text = {name: low for name, low in groups.items() if name.startswith(TEXT_PREFIXES)}
-    fits(model.unet, unet, path.name)
-    for prefix, encoder in model.text_encoders().items():
-        own = {name.removeprefix(prefix + "."): low for name, low in text.items() if name.startswith(prefix + ".")}
-        fits(encoder, {text_module(name, encoder): low for name, low in own.items()}, path.name)
+    if foreign:
+        raise WrongAdapter(f"{path.name} holds what is no LoRA weight: {_some(foreign)}; it cannot be worn whole.")
+    names = Names.of(model)
+    places = {layer: names.find(layer) for layer in layers}
+    if lost := [layer for layer, place in places.items() if place is None]:
+        raise WrongBaseModel(
+            f"{path.name} was made for another base model: {len(lost)} of its {len(layers)} layers fit nothing in the"
+            f" loaded one: {_some(lost)}."
+        )
+    found: dict[str, dict[str, LowRankWeights]] = {network: {} for network in names.spellings}
+    for layer, halves in layers.items():
+        network, module = places[layer] or ("", "")
+        found[network][module] = _low_rank(layer, module, halves, declared.get(network, {}), path)
+    for network, encoder in {"unet": model.unet, **model.text_encoders()}.items():
+        fits(encoder, found[network], path.name)
+    unet = found.pop("unet")
+    text = {f"{network}.{module}": low for network, own in found.items() for module, low in own.items()}
     return LoraCondition(layers=unet, text_layers=text or None, scale=scale)
 
 
-def _to_diffusers(tensors: Mapping[str, Tensor], model: Model) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """kohya's flat names → diffusers' dotted ones; alphas apart."""
-    from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
+def _some(keys: Sequence[str]) -> str:
+    shown = ", ".join(keys[:3])
+    return shown if len(keys) <= 3 else f"{shown} and {len(keys) - 3} more"
 
-    plain = {key: value for key, value in tensors.items() if not key.endswith(".alpha")}
-    if not all(key.startswith(("lora_te", "lora_unet_")) for key in tensors):
-        own = {key[: -len(".alpha")]: float(value) for key, value in tensors.items() if key.endswith(".alpha")}
-        return plain, own
+
+def _low_rank(
+    layer: str, module: str, halves: Mapping[str, Tensor], declared: Mapping[str, Any], path: Path
+) -> LowRankWeights:
+    if "down" not in halves or "up" not in halves:
+        raise CheckpointBroken(f"{path.name} lacks one half of the LoRA weights of {layer}.")
+    down, up = halves["down"], halves["up"]
+    rank = down.shape[0]
+    if up.shape[1] != rank:
+        raise CheckpointBroken(f"{path.name} has halves of ranks {rank} and {up.shape[1]} for {layer}.")
+    if (mid := halves.get("mid")) is not None:
+        # LyCORIS' Tucker form of a convolution: 1×1 down, k×k among the ranks, 1×1 up; the first two are one.
+        down = torch.einsum("sr...,ri->si...", mid.float(), down.float().flatten(1)).to(down.dtype)
+    if "alpha" in halves:
+        return LowRankWeights(down, up, float(halves["alpha"]) / rank)
+    return LowRankWeights(down, up, _gain(module, rank, declared))
+
+
+def _gain(module: str, rank: int, declared: Mapping[str, Any]) -> float:
+    """alpha / rank by peft's configuration, 1 without one."""
+    alpha = declared.get("lora_alpha")
+    for pattern, value in (declared.get("alpha_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):  # as peft matches
+            alpha = value
+            break
+    if alpha is None:
+        return 1.0
+    return float(alpha) / (rank**0.5 if declared.get("use_rslora") else rank)
+
+
+def _files(path: Path) -> list[tuple[str, Path]]:
+    """The files of a LoRA and the networks they are for ("": their keys say it)."""
+    if not path.is_dir():
+        return [("", path)]
+    found: dict[str, Path] = {}
+    for network in ("", *_NETWORKS):
+        for name in (f"{stem}{suffix}" for stem in _STEMS for suffix in SUFFIXES):
+            if (path / network / name).is_file():
+                found.setdefault(network, path / network / name)
+    if not found:
+        raise WeightsMissing(f"{path} holds no LoRA: neither {_STEMS[0]}{SAFE} nor {_STEMS[1]}{SAFE} is in it.")
+    return [("", found[""])] if "" in found else list(found.items())
+
+
+def _declared(file: Path, network: str) -> dict[str, Mapping[str, Any]]:
+    """peft's configuration for each network: from the header that diffusers writes, or from the file beside peft's."""
+    beside = file.with_name("adapter_config.json")
     try:
-        read_kohya: Any = StableDiffusionXLPipeline.lora_state_dict
-        converted, alphas = read_kohya(dict(tensors), unet_config=model.unet.config)
-    except (ValueError, KeyError, IndexError) as error:
-        raise WrongBaseModel(f"The LoRA's layers are not those of the loaded base model: {error}") from error
-    return dict(converted), {key[: -len(".alpha")]: float(value) for key, value in (alphas or {}).items()}
+        if file.stem == "adapter_model" and beside.is_file():
+            config = json.loads(beside.read_text("utf-8"))
+            return dict.fromkeys([network] if network else _NETWORKS, config)
+        told: dict[str, Any] = json.loads(_header(file).get(_METADATA, "{}")) if file.suffix == SAFE else {}
+    except ValueError as error:
+        raise CheckpointBroken(f"The configuration of {file} is damaged ({error}); fetch the file again.") from error
+    found: dict[str, dict[str, Any]] = {}
+    for key, value in told.items():
+        name, _, field = key.partition(".")
+        found.setdefault(name, {})[field] = value
+    return dict(found)
 
 
-def _pair_up(plain: Mapping[str, Tensor], alphas: Mapping[str, float], path: Path) -> dict[str, LowRankWeights]:
-    """Module name → its down and up weights, from every spelling diffusers and peft have used."""
-    halves: dict[str, dict[str, Tensor]] = {}
-    for key, value in _peft_names(plain).items():
-        for half in ("lora_A", "lora_B"):
-            mark = f".{half}."
-            if mark in key:
-                halves.setdefault(key[: key.index(mark)], {})[half] = value
-    if not halves:
-        raise WrongAdapter(f"{path.name} is no LoRA of a known spelling.")
-    # diffusers names the alphas of kohya's text layers after the whole key of the weights.
-    spelt = _peft_names({name: name for name in alphas})
-    gains = {name.split(".lora_A.")[0]: alphas[old] for name, old in spelt.items()}
-    groups: dict[str, LowRankWeights] = {}
-    for name, found in halves.items():
-        if len(found) != 2:
-            raise CheckpointBroken(f"{path.name} lacks one half of the LoRA weights of {name}.")
-        down, up = found["lora_A"], found["lora_B"]
-        rank = down.shape[0]
-        groups[name] = LowRankWeights(down, up, gains.get(name, float(rank)) / rank)
-    return groups
-
-
-def _peft_names(named: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys in peft's spelling, `<module>.lora_A.weight` and `lora_B`."""
-    from diffusers.utils import state_dict_utils as names
-
-    text = {key: value for key, value in named.items() if key.startswith(TEXT_PREFIXES)}
-    unet = {key: value for key, value in named.items() if key not in text}
-    for table in (names.DIFFUSERS_OLD_TO_PEFT, names.DIFFUSERS_TO_PEFT):
-        text = names.convert_state_dict(text, table)
-    unet = names.convert_unet_state_dict_to_peft(unet)
-    unet = {key.replace(".processor.", "."): value for key, value in unet.items()}
-    return {**text, **unet}
+def _header(file: Path) -> dict[str, str]:
+    with safe_open(file, framework="pt") as opened:
+        return opened.metadata() or {}
 
 
 def text_module(name: str, encoder: nn.Module) -> str:
@@ -123,6 +183,9 @@ def fits(network: nn.Module, layers: Mapping[str, LowRankWeights], what: str) ->
                 f"{what} was made for another base model: its layer {name} maps {low.down.shape[1]} to"
                 f" {low.up.shape[0]} channels, the loaded model's {weight.shape[1]} to {weight.shape[0]}."
             )
+        kernel, own = tuple(low.down.shape[2:]), tuple(weight.shape[2:])
+        if (kernel or (1, 1)) != (own or (1, 1)):
+            raise WrongBaseModel(f"{what} has a kernel of {kernel} for the layer {name}, the loaded model's is {own}.")
 
 
 class Worn:

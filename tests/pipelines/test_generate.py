@@ -177,6 +177,10 @@ def test_lora_files(pipe: GeneratePipeline, tmp_path: Path) -> None:
     off = pipe(seed=1, loras={str(tmp_path / "style.safetensors"): 0.0}, **QUICK)
     assert not np.array_equal(pixels(plain), pixels(styled.images[0]))
     assert np.array_equal(pixels(plain), pixels(off.images[0]))
+    nowhere = {str(tmp_path / "style.safetensors"): {"down": 0.0, "mid": 0, "up": [0, 0], "rest": 0, "text": 0}}
+    blocks = pipe(seed=1, loras=nowhere, **QUICK)
+    assert np.array_equal(pixels(plain), pixels(blocks.images[0]))
+    assert blocks.images[0].record.request["loras"] == nowhere  # type: ignore[union-attr]
     assert checksum(pipe) == before
     assert len(styled.images[0].record.loaded["loras"][str(tmp_path / "style.safetensors")]) == 64  # type: ignore[union-attr]
 
