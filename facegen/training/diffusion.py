@@ -9,6 +9,7 @@ carried over.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,6 +44,8 @@ _FACE = torch.tensor([
     PARSING.index(name)
     for name in ("skin", "l_brow", "r_brow", "l_eye", "r_eye", "eye_g", "nose", "mouth", "u_lip", "l_lip", "beard")
 ])  # fmt: skip
+# Blocks of a UNet or of its copy: neither what leads in and out nor embeddings.
+_INSIDE = re.compile(r"(^unet|controlnet)\.(down_blocks|mid_block|up_blocks)\.")
 SCHEDULER = {
     "_class_name": "DDIMScheduler",
     "num_train_timesteps": 1000,
@@ -200,12 +203,20 @@ class DiffusionObjective(Objective):
         return [self.lessons] if self.held_out is None else [self.lessons, self.held_out]
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Everything decays alike; what listens to prompts and faces learns faster, for it hears of them late."""
-        named = [(name, value) for name, value in self.module.named_parameters() if value.requires_grad]
-        slow = [value for name, value in named if name.startswith("unet.") and ".attn2." not in name]
-        chosen = {id(value) for value in slow}
-        fast = [value for _, value in named if id(value) not in chosen]
-        return [{"params": slow}, {"params": fast, "scale": self.settings.steering}]
+        """Everything decays alike; what listens to prompts and faces learns faster, for it hears of them late.
+
+        Muon moves the matrices inside the UNet, and in those of a ControlNet that began as its copy.
+        """
+        groups: dict[tuple[bool, bool], list[Tensor]] = {}
+        for name, weight in self.module.named_parameters():
+            if weight.requires_grad:
+                steering = not name.startswith("unet.") or ".attn2." in name
+                inside = _INSIDE.search(name) is not None and weight.ndim > 1
+                groups.setdefault((steering, inside), []).append(weight)
+        return [
+            {"params": weights, "scale": self.settings.steering if steering else 1.0, "muon": inside}
+            for (steering, inside), weights in groups.items()
+        ]
 
     def batch(self, step: int, generator: torch.Generator) -> Batch:
         settings = self.settings

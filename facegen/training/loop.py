@@ -32,6 +32,7 @@ from facegen.training.checkpoint import (
     under_prefix,
     with_prefix,
 )
+from facegen.training.muon import MuonAdamW
 
 logger = logging.getLogger(__name__)
 STATE = "state.safetensors"
@@ -52,7 +53,8 @@ class Objective(ABC):
         """Scalars by name; ``loss`` is minimised, the others are only shown. ``generator`` lives on the device."""
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """AdamW groups; each may carry ``scale``, a factor on the learning rate. Biases and gains do not decay."""
+        """AdamW's groups; each may carry ``scale``, a factor on the learning rate, and ``muon`` for matrices that Muon
+        moves. Biases and gains do not decay."""
         trained = [p for p in self.module.parameters() if p.requires_grad]
         return [
             {"params": [p for p in trained if p.ndim > 1]},
@@ -208,7 +210,7 @@ class _Run:
         self.accelerator = Accelerator(mixed_precision="no")  # precision is ours: one setting for every device
         groups = objective.parameter_groups()
         self.scales = [float(group.pop("scale", 1.0)) for group in groups]
-        optimiser = torch.optim.AdamW(
+        optimiser = MuonAdamW(
             groups, lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
         )
         self.step_module, self.optimiser = self.accelerator.prepare(_Step(objective), optimiser)
