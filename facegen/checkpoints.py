@@ -63,7 +63,7 @@ def read(path: Path) -> Tensors:
     Raises WeightsMissing when there is no such file and CheckpointBroken when it is truncated, is no checkpoint,
     holds nothing, or holds NaN or infinite numbers.
     """
-    tensors = _flat_safetensors(path) if path.suffix == SAFE else dict(flat(_unpickle(path)))
+    tensors = _flat_safetensors(path) if path.suffix == SAFE else mapped(path)
     if not tensors:
         raise CheckpointBroken(f"{path} holds no tensors; fetch the file again.")
     for key, value in tensors.items():
@@ -78,6 +78,11 @@ def shapes(path: Path) -> dict[str, tuple[int, ...]]:
         with _open_safetensors(path) as file:
             return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
     return {key: tuple(value.shape) for key, value in flat(_unpickle(path))}
+
+
+def mapped(path: Path) -> Tensors:
+    """The tensors of a pickle, flat; their numbers stay in the file until they are used. Raises as `read`."""
+    return dict(flat(_unpickle(path)))
 
 
 def flat(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:

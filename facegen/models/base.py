@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from facegen import checkpoints
 from facegen.attention.backends import Backend, sdpa
 from facegen.attention.processor import AttentionContext, install
 from facegen.conditions import Condition, ControlCondition, LoraCondition, Pair, TextCondition
 from facegen.economy import EXACT
 from facegen.errors import CheckpointBroken, WeightsMissing, WrongBaseModel, WrongRequest
 from facegen.memory import MemoryPlan, Offload
-from facegen.models import control
+from facegen.models import control, single_file
 from facegen.models.lora import text_module, wearing
 from facegen.models.prepared import Now, Prepared
 
@@ -94,7 +95,7 @@ class Model(ABC):
         """
         plan = MemoryPlan.choose(device, dtype, offload=offload, tiling=tiling, slicing=slicing)
         path = locate(source)
-        parts = _from_file(path, plan.dtype) if path.is_file() else _from_folder(path, plan.dtype)
+        parts = single_file.load(path, plan.dtype) if path.is_file() else _from_folder(path, plan.dtype)
         kind = _kind(parts["unet"].config)
         if not issubclass(kind, cls):
             raise WrongBaseModel(f"{source} holds a {kind.family} model, not a {cls.family} one; use {kind.__name__}.")
@@ -366,7 +367,10 @@ def locate(source: str | Path) -> Path:
 
         path = Path(resolve(str(source)))
     # The embedded model keeps its base beside its adapters.
-    return path / "base" if (path / "base" / "unet").is_dir() else path
+    if (path / "base" / "unet").is_dir():
+        return path / "base"
+    files = [file for file in path.glob("*") if file.suffix in checkpoints.SUFFIXES] if path.is_dir() else []
+    return files[0] if len(files) == 1 and not (path / "unet").is_dir() else path
 
 
 def _kind(unet_config: Mapping[str, Any]) -> type[Model]:
@@ -467,34 +471,6 @@ def _load_part(folder: Path, name: str, dtype: torch.dtype, variant: str | None)
         return encoder
     except (OSError, ValueError, RuntimeError, SafetensorError, KeyError) as error:
         raise CheckpointBroken(f"The weights in {place} cannot be loaded: {_first_line(error)}") from error
-
-
-def _from_file(path: Path, dtype: torch.dtype) -> dict[str, Any]:
-    """One-file checkpoints (kohya, A1111, ComfyUI) through diffusers' converter.
-
-    Raises WeightsMissing when diffusers needs configuration files that are not on this machine.
-    """
-    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
-    from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
-
-    from facegen.checkpoints import refuse, shapes
-
-    keys = shapes(path)
-    if not any(key.startswith("model.diffusion_model.") for key in keys):
-        raise refuse(path, keys, "a Stable Diffusion model")
-    xl = any(key.startswith("conditioner.") for key in keys)
-    pipeline_class = StableDiffusionXLPipeline if xl else StableDiffusionPipeline
-    kwargs: dict[str, Any] = {} if xl else {"safety_checker": None}
-    try:
-        pipe = pipeline_class.from_single_file(str(path), dtype=dtype, local_files_only=True, **kwargs)
-    except (OSError, ValueError) as error:
-        raise WeightsMissing(
-            f"{path.name} is one file without configuration, and the configuration of its family is not on this machine"
-            f" ({_first_line(error)}). Give a diffusers folder instead, or load the file once while online."
-        ) from error
-    parts = {name: part for name, part in pipe.components.items() if part is not None}
-    parts["scheduler_config"] = dict(parts.pop("scheduler").config)
-    return parts
 
 
 def _check_finite(part: nn.Module, name: str, path: Path) -> None:
