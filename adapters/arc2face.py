@@ -264,7 +264,7 @@ class Arc2Face(Adapter):
         self.check_embeddings(embeddings)
         if embeddings.ndim != 2:
             raise WrongRequest("Arc2Face takes one embedding per picture; fuse several photos into one.")
-        if request.scale not in (None, 1.0) or request.span != (0.0, 1.0) or request.mask is not None:
+        if request.scale not in (None, 1.0) or request.span not in (None, (0.0, 1.0)) or request.mask is not None:
             raise WrongRequest(
                 "Arc2Face writes the prompt and has neither strength, span nor mask; use another adapter."
             )

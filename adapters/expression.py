@@ -154,7 +154,7 @@ class Expression(Adapter):
                 tokens=halves(self.projector(rows), request.guidance),
                 layers=self.layers,
                 scale=self.strength if request.scale is None else request.scale,
-                span=request.span,
+                span=request.acts(),
                 mask=request.mask,
             )
         ]

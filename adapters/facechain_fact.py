@@ -167,7 +167,7 @@ class FaceChainFACT(Adapter):
                 layers=self.layers,
                 mix="ahead",
                 scale=self.strength if request.scale is None else request.scale,
-                span=request.span,
+                span=request.acts(),
                 mask=request.mask,
             )
         ]

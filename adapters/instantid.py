@@ -153,7 +153,14 @@ class InstantID(Adapter):
         tokens = self.tokens(embeddings, request.guidance)
         scale = self.strength if request.scale is None else request.scale
         conditions: list[Condition] = [
-            TokenCondition(tokens=tokens, layers=self.streams.layers, scale=scale, span=request.span, mask=request.mask)
+            TokenCondition(
+                tokens=tokens,
+                layers=self.streams.layers,
+                scale=scale,
+                span=request.acts(),
+                mask=request.mask,
+                resize="nearest",
+            )
         ]
         if request.control is not None:
             control_scale = scale if request.control_scale is None else request.control_scale
@@ -163,7 +170,7 @@ class InstantID(Adapter):
                     image=request.control,
                     embeds=tokens,
                     scale=control_scale,
-                    span=request.span,
+                    span=request.acts(),
                     mask=request.mask,
                 )
             )

@@ -229,7 +229,7 @@ class PhotoMaker(Adapter):
         scale: Scale = 1.0 if request.scale is None else request.scale
         if (isinstance(scale, (int, float)) and scale == 0) or not bool(present.any()):
             return [plain]
-        span = delayed(DELAY) if request.span == (0.0, 1.0) else request.span
+        span = request.acts(delayed(DELAY))
         return [plain, self.personal(plain, marked, people, model, replace(request, span=span)), self.worn(scale)]
 
     def worn(self, scale: Scale = 1.0) -> LoraCondition:
@@ -264,7 +264,7 @@ class PhotoMaker(Adapter):
         assert plain.pooled is not None
         pooled = torch.where(present, pooled, plain.pooled[1])
         return TextCondition(
-            embeds=pair(plain.embeds[0], fused), pooled=pair(plain.pooled[0], pooled), span=request.span
+            embeds=pair(plain.embeds[0], fused), pooled=pair(plain.pooled[0], pooled), span=request.acts()
         )
 
     def gather(self, faces: Sequence[FaceLike]) -> Tensor:

@@ -279,9 +279,9 @@ class PreciseControl(Adapter):
         def at(steps: Tensor) -> Tensor:
             return pair(uncond, self.encode(ids, model, codes, steps).to(uncond.dtype))
 
-        written = TextCondition(embeds=at(torch.tensor([FIRST_STEP])), at=at, span=request.span)
+        written = TextCondition(embeds=at(torch.tensor([FIRST_STEP])), at=at, span=request.acts())
         conditions: list[Condition] = [written]
-        if request.span != (0.0, 1.0):
+        if request.acts() != (0.0, 1.0):
             plain = [re.sub(rf"\b({'|'.join(WORDS)})( person)?\b", self.stand_in, text) for text in phrases]
             conditions.insert(0, model.encode_text(plain, request.negative_prompt))
         if self.lora is not None:

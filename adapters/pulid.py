@@ -225,7 +225,7 @@ class PuLID(Adapter):
                 layers=self.streams.layers,
                 mix=self.manner.mix,
                 scale=self.strength if request.scale is None else request.scale,
-                span=request.span,
+                span=request.acts(),
                 mask=request.mask,
             )
         ]

@@ -185,7 +185,7 @@ class WPlus(Adapter):
                 layers=self.streams.layers,
                 mix="gated",
                 scale=self.strength if request.scale is None else request.scale,
-                span=delayed(DELAY) if request.span == (0.0, 1.0) else request.span,
+                span=request.acts(delayed(DELAY)),
                 mask=request.mask,
             )
         ]

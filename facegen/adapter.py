@@ -63,7 +63,8 @@ class AdapterRequest:
 
     height, width: of the picture in pixels.
     prompt, negative_prompt: one for all pictures or one each; read by adapters that write the prompt (`writes_prompt`).
-    scale, control_scale: strength, None for the adapter's own default; span, mask (1, H, W): as in a Condition.
+    scale, control_scale: strength, None for the adapter's own default; span: as in a Condition, None for the adapter's
+    own (some leave the first steps to the prompt); mask (1, H, W): where it acts.
     points: (5, 2) keypoints in pixels of the picture to be made; None: where they are in the first photo.
     structure: how much of the photo's look beyond the embedding is taken over (FaceID-PlusV2), 0 to about 2.
     guidance: False where only the conditional half will run (training): the other half is then not computed.
@@ -83,7 +84,7 @@ class AdapterRequest:
     negative_prompt: str | Sequence[str] = ""
     scale: Scale | None = None
     control_scale: Scale | None = None
-    span: Span = (0.0, 1.0)
+    span: Span | None = None
     mask: Tensor | None = None
     points: np.ndarray | None = None
     structure: float = 1.0
@@ -96,6 +97,10 @@ class AdapterRequest:
     normals: Tensor | None = None
     reference: Tensor | None = None
     parts: Mapping[str, Scale] = field(default_factory=dict)
+
+    def acts(self, otherwise: Span = (0.0, 1.0)) -> Span:
+        """The span asked for, else `otherwise`."""
+        return otherwise if self.span is None else self.span
 
 
 class Adapter(ABC):
@@ -279,7 +284,7 @@ def beside_text(tokens: Tensor, streams: Streams, request: AdapterRequest, stren
         layers=streams.layers,
         lora=streams.lora,
         scale=strength if request.scale is None else request.scale,
-        span=request.span,
+        span=request.acts(),
         mask=request.mask,
     )
 

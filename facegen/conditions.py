@@ -29,6 +29,7 @@ Pair: TypeAlias = Tensor
 Scale: TypeAlias = float | Sequence[float] | Callable[[float], float]
 Span: TypeAlias = tuple[float, float]
 Mix: TypeAlias = Literal["add", "gated", "ahead", "ortho", "ortho_v2"]
+Resize: TypeAlias = Literal["bicubic", "nearest"]
 
 
 def pair(uncond: Tensor, cond: Tensor) -> Pair:
@@ -126,6 +127,7 @@ class TokenCondition(Condition):
     tokens: Pair (2, B, N, D).
     layers: weights by layer, position in `list(unet.attn_processors)`; layers that are missing have no stream.
     mask: (1, H, W), where the stream acts; an all-zero mask leaves the whole condition out.
+    resize: how the mask is brought to the layers' sizes: "bicubic" as diffusers does it, "nearest" as InstantID does.
     mix: "add" (IP-Adapter, InstantID): h + scale·attn(q, k, v) before the output projection, q the layer's own query;
         "gated" (W+ adapter): h + scale·attn(to_q(h), k, v) with h the text attention's output;
         "ahead" (FaceChain-FACT): a gated self-attention of the picture and the tokens ahead of the text attention; its
@@ -139,6 +141,7 @@ class TokenCondition(Condition):
     tokens: Pair
     layers: Mapping[int, KV] | Mapping[int, GatedSelf]
     mask: Tensor | None = None
+    resize: Resize = "bicubic"
     mix: Mix = "add"
     lora: Mapping[int, LayerLora] | None = None
 
@@ -148,6 +151,8 @@ class TokenCondition(Condition):
         _check_mask(self.mask)
         if self.mix not in get_args(Mix):
             raise WrongRequest(f"TokenCondition.mix must be one of {', '.join(get_args(Mix))}, not {self.mix!r}.")
+        if self.resize not in get_args(Resize):
+            raise WrongRequest(f"TokenCondition.resize must be bicubic or nearest, not {self.resize!r}.")
         if any(isinstance(weights, GatedSelf) != (self.mix == "ahead") for weights in self.layers.values()):
             raise WrongRequest("A token stream with mix 'ahead' has GatedSelf weights at its layers, any other has KV.")
         if self.mix == "gated" and any(kv.to_q is None for kv in self.layers.values() if isinstance(kv, KV)):
@@ -287,6 +292,7 @@ __all__ = [
     "Mix",
     "Pair",
     "ReferenceCondition",
+    "Resize",
     "Scale",
     "Span",
     "TextCondition",

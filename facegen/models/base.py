@@ -24,6 +24,7 @@ from facegen.memory import MemoryPlan, Offload
 from facegen.models import control, single_file
 from facegen.models.lora import text_module, wearing
 from facegen.models.prepared import Now, Prepared
+from facegen.models.weighted import emphasised, spelled
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -195,12 +196,29 @@ class Model(ABC):
         negative: Sequence[str] | str | None = None,
         *,
         loras: Sequence[LoraCondition] = (),
+        weighted: bool = False,
     ) -> TextCondition:
         """Prompts (B of them) and what to avoid (B, or one for all; None: the model's own empty prompt) → a
         TextCondition.
 
         loras: those whose text-encoder parts are worn while encoding, at their strength at the start of the run.
+        weighted: the texts may say (word:1.3) and be of any length; see facegen.models.weighted.
         """
+
+    @abstractmethod
+    def read(self, ids: Tensor, ids_2: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Token ids (B, L) of each tokenizer → embeddings (B, L, D) and, where there is one, the pooled (B, P)."""
+
+    def read_weighted(self, texts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
+        """Texts (B) that may hold weights → embeddings (B, L, D) of all their pieces and the last piece's pooled one.
+
+        The first tokenizer spells for every encoder.
+        """
+        found, pooled = [], None
+        for ids, weights in spelled(texts, self.tokenizer, int(self.text_encoder.config.max_position_embeddings)):
+            embeds, pooled = self.read(ids.to(self.device), ids.to(self.device))
+            found.append(emphasised(embeds, weights))
+        return torch.cat(found, dim=1), pooled
 
     def _dressed(self, loras: Sequence[LoraCondition], prefix: str, encoder: nn.Module) -> Any:
         """The text encoder wearing the LoRAs' parts for it: a context manager."""

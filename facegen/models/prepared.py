@@ -37,6 +37,7 @@ from facegen.conditions import (
     LoraCondition,
     Pair,
     ReferenceCondition,
+    Resize,
     TextCondition,
     TokenCondition,
     scale_at,
@@ -116,7 +117,7 @@ class Prepared:
         self._worn: Worn | None = None
         self._keys: dict[int, dict[int, KeyValue]] = {}
         self._hints: dict[int, Tensor] = {}
-        self._masks: dict[tuple[int, Size], Tensor] = {}
+        self._masks: dict[tuple[int, Size, Resize], Tensor] = {}
         self._small: dict[tuple[int, Size, torch.dtype], Tensor] = {}
         self._states: dict[int, Tensor] | None = None
         self._layers: tuple[Any, dict[int, LayerContext]] | None = None
@@ -262,7 +263,7 @@ class Prepared:
                 StreamGroup(
                     *self._stacked([condition for condition, _ in bundle], layer),
                     self._scale(tuple(strength for _, strength in bundle)),
-                    tuple(None if c.mask is None else self.mask(c.mask, layer.level, size) for c, _ in bundle),
+                    tuple(self._where(condition, layer.level, size) for condition, _ in bundle),
                     None if gate is None else gate.weight.to(self.model.device),
                     first.mix if first.mix == "ortho" or first.mix == "ortho_v2" else None,
                 )
@@ -316,18 +317,21 @@ class Prepared:
         for condition, strength in streams:
             weights = condition.layers[layer.index]
             assert isinstance(weights, GatedSelf)
-            mask = None if condition.mask is None else self.mask(condition.mask, layer.level, size)
+            mask = self._where(condition, layer.level, size)
             scale = torch.tensor(strength, device=self.model.device, dtype=torch.float32)
             found.append(Ahead(weights, *self._keys[id(condition)][layer.index], scale, mask))
         return tuple(found)
 
-    def mask(self, mask: Tensor, level: int, size: Size) -> Tensor:
-        """(1, H, W) → (1, L, 1) at a UNet level, once per resolution; bicubic, as diffusers does it."""
+    def _where(self, stream: TokenCondition, level: int, size: Size) -> Tensor | None:
+        return None if stream.mask is None else self.mask(stream.mask, level, size, stream.resize)
+
+    def mask(self, mask: Tensor, level: int, size: Size, resize: Resize = "bicubic") -> Tensor:
+        """(1, H, W) → (1, L, 1) at a UNet level, once per resolution."""
         for _ in range(level):
             size = ((size[0] + 1) // 2, (size[1] + 1) // 2)
-        key = (id(mask), size)
+        key = (id(mask), size, resize)
         if key not in self._masks:
-            small = F.interpolate(mask[None].float(), size=size, mode="bicubic")
+            small = F.interpolate(mask[None].float(), size=size, mode=resize)
             self._masks[key] = small.reshape(1, -1, 1).to(self.model.device, self.model.dtype)
         return self._masks[key]
 

@@ -38,16 +38,26 @@ class SD15Model(Model):
         negative: Sequence[str] | str | None = None,
         *,
         loras: Sequence[LoraCondition] = (),
+        weighted: bool = False,
     ) -> TextCondition:
         """See Model.encode_text; embeds (2, B, L, D) after the final LayerNorm."""
         with self.memory.using(self.text_encoder), self._dressed(loras, "text_encoder", self.text_encoder):
-            cond = self._embed(prompts)
-            uncond = self._embed(negatives(negative, len(prompts)))
+            texts = [*negatives(negative, len(prompts)), *prompts]
+            if weighted:
+                uncond, cond = self.read_weighted(texts)[0].chunk(2)
+            else:
+                cond, uncond = self._embed(prompts), self._embed(texts[: len(prompts)])
         return TextCondition(embeds=pair(uncond, cond))
+
+    def read(self, ids: Tensor, ids_2: Tensor) -> tuple[Tensor, None]:
+        """See Model.read; there is one text encoder, which reads `ids`."""
+        embeds: Tensor = self.text_encoder(ids).last_hidden_state
+        return embeds, None
 
     def _embed(self, prompts: Sequence[str]) -> Tensor:
         """(B, L, D)."""
-        return self.text_encoder(self.tokenize(prompts)).last_hidden_state
+        ids = self.tokenize(prompts)
+        return self.read(ids, ids)[0]
 
     def added(self, text: TextCondition, prepared: Prepared, sample: Tensor) -> dict[str, Tensor]:
         """Nothing more than the prompt."""

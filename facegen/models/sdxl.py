@@ -67,6 +67,7 @@ class SDXLModel(Model):
         negative: Sequence[str] | str | None = None,
         *,
         loras: Sequence[LoraCondition] = (),
+        weighted: bool = False,
     ) -> TextCondition:
         """See Model.encode_text; embeds (2, B, L, D1 + D2) of the last layer but one, pooled (2, B, P).
 
@@ -78,6 +79,11 @@ class SDXLModel(Model):
             self._dressed(loras, "text_encoder", self.text_encoder),
             self._dressed(loras, "text_encoder_2", self.text_encoder_2),
         ):
+            if weighted:
+                embeds, pools = self.read_weighted([*negatives(negative, len(prompts)), *prompts])
+                assert pools is not None
+                (uncond, cond), (negative_pooled, pooled) = embeds.chunk(2), pools.chunk(2)
+                return TextCondition(embeds=pair(uncond, cond), pooled=pair(negative_pooled, pooled))
             cond, pooled = self._embed(prompts)
             if negative is None and self.zero_empty_prompt:
                 uncond, negative_pooled = torch.zeros_like(cond), torch.zeros_like(pooled)
