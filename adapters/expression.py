@@ -208,4 +208,4 @@ def _reader(file: Path, model: Model) -> nn.Module | None:
     stem = file.parent.parent.parent / "judges" / "attributes"
     if not stem.with_suffix(SAFE).is_file():
         return None
-    return small_net(stem, "so expressions cannot be read").to(model.device)
+    return model.memory.keep(small_net(stem, "so expressions cannot be read"))

@@ -217,7 +217,7 @@ class PreciseControl(Adapter):
         if (place := file.parent / ENCODER).is_file():
             from facegen.models.e4e import E4E
 
-            adapter.encoder = E4E.from_file(place).to(model.device)
+            adapter.encoder = model.memory.keep(E4E.from_file(place))
         return adapter
 
     @classmethod

@@ -127,7 +127,7 @@ class WPlus(Adapter):
         if (place := file.parent / ENCODER).is_file():
             from facegen.models.e4e import E4E
 
-            adapter.encoder = E4E.from_file(place).to(model.device)
+            adapter.encoder = model.memory.keep(E4E.from_file(place))
         if (place := file.parent / PARSER).is_file():
             adapter.parser = Parser.from_file(place)
         return adapter

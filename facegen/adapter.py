@@ -6,11 +6,12 @@ An adapter turns faces into conditions, plain data for `denoise`. Inference and 
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import inspect
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Protocol, cast
@@ -22,6 +23,7 @@ from facegen import checkpoints
 from facegen.checkpoints import Shapes
 from facegen.conditions import Condition, Scale, Span, TokenCondition
 from facegen.errors import CheckpointBroken, FacegenError, WeightsMissing, WrongAdapter, WrongRequest
+from facegen.models.streams import Streams
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,7 +31,6 @@ if TYPE_CHECKING:
 
     from facegen.face.types import Face
     from facegen.models.base import Model
-    from facegen.models.streams import Streams
 
 logger = logging.getLogger(__name__)
 
@@ -199,8 +200,12 @@ class Adapter(ABC):
         """Several photos of ONE person; more people are more calls, each with its mask. Raises WrongRequest."""
         if not faces:
             raise WrongRequest(f"{self.title} needs at least one photo of a face.")
-        with torch.no_grad():
+        with torch.no_grad(), model.memory.using(*self.nets(model)):
             return self.conditions_from_embeddings(self.gather(faces), model, self.complete(faces, request))
+
+    def nets(self, model: Model) -> list[nn.Module]:
+        """What makes conditions of faces, image encoders too: what `ready` and `Memory.keep` brought to the device."""
+        return [one for one in _held(vars(self)) if model.memory.keeps(one)]
 
     def gather(self, faces: Sequence[FaceLike]) -> Tensor:
         """Faces of one person -> embeddings (1, D) or (1, n, D); here fused into one."""
@@ -291,12 +296,24 @@ def beside_text(tokens: Tensor, streams: Streams, request: AdapterRequest, stren
 
 def ready(module: nn.Module, model: Model) -> None:
     """For inference: where the model is, in its precision, without gradients."""
-    module.to(model.device, model.dtype).requires_grad_(False).eval()
+    model.memory.keep(module, model.dtype).requires_grad_(False).eval()
 
 
 def trainable(module: nn.Module, model: Model) -> None:
     """For training: where the model is, in float32, with gradients."""
     module.to(model.device, torch.float32).requires_grad_(True).train()
+
+
+def _held(value: object) -> Iterator[nn.Module]:
+    """The nets in an adapter's fields; not the weights of its streams, which `Model.prepare` lends, nor ControlNets."""
+    if isinstance(value, nn.Module):
+        if not isinstance(value, Streams) and not hasattr(value, "controlnet_cond_embedding"):
+            yield value
+    elif isinstance(value, Mapping):
+        for one in value.values():
+            yield from _held(one)
+    elif dataclasses.is_dataclass(value):
+        yield from _held({one.name: getattr(value, one.name) for one in dataclasses.fields(value)})
 
 
 # --- finding --------------------------------------------------------------------------------------------------------

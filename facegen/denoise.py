@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from facegen.conditions import Condition, GuidanceCondition
+from facegen.conditions import Condition, ControlCondition, GuidanceCondition
 from facegen.errors import WrongRequest
 from facegen.models.base import Model
 from facegen.models.shortcut import Shortcut
@@ -90,7 +90,9 @@ def denoise(
     conditions = economy.shorten(conditions)
     shortcut = Shortcut(model) if economy.reuse > 1 else None
     guided = [guidance.on and economy.guides(index, total) for index in range(total)]
-    with model.busy, torch.no_grad(), model.memory.using(model.unet):
+    # ControlNets work in every step beside the UNet: lent once, not from step to step.
+    networks = [model.unet, *(one.controlnet for one in conditions if isinstance(one, ControlCondition))]
+    with model.busy, torch.no_grad(), model.memory.using(*networks):
         # Nearly always one stretch: the rows of a call change only where guidance is confined to a part of the run.
         for both, stretch in groupby(range(total), guided.__getitem__):
             with model.prepare(conditions, batch, both) as prepared:

@@ -53,6 +53,10 @@ class PackageMissing(FacegenError):
     """An optional package or system library that this call needs."""
 
 
+class NotEnoughMemory(FacegenError):
+    """More memory than the device has; the text says how much, where that is known, and what takes less."""
+
+
 class OutputUnwritable(FacegenError):
     """A place where the result cannot be written: no permission, no such folder, no disk space."""
 

@@ -83,9 +83,12 @@ class Loading(Request):
         None, "Precision; by default float16 on CUDA, float32 elsewhere.", ("float32", "float16", "bfloat16"),
         optional=True, advanced=True,
     )  # fmt: skip
-    offload: str = choice(
-        "none", "What leaves the GPU while it is not needed.", ("none", "model", "sequential"), advanced=True
-    )
+    memory: str = choice(
+        "auto",
+        "What stays on the GPU: all of it (none), the network that works (model), its layer (sequential); auto chooses"
+        " by what is free.",
+        ("auto", "none", "model", "sequential"), alias="offload", advanced=True,
+    )  # fmt: skip
     tiling: bool = switch(False, "Decode large pictures in tiles.", advanced=True)
     speed: str = choice(
         "exact", "What a run leaves out: nothing; guidance, control and depth where they matter least; or more of it.",
@@ -299,8 +302,11 @@ class Pipeline(ABC, Generic[R]):
     def from_pretrained(cls: type[P], model: str | Path = "mini", **options: Any) -> P:
         """Load a base model: "mini", "sd15", "sdxl", a hub id, a diffusers folder or a single file.
 
-        options: the other fields of :class:`Loading` (pack, device, dtype, offload, tiling), dtype also as torch's.
+        options: the other fields of :class:`Loading` (pack, device, dtype, memory, tiling), dtype also as torch's;
+        memory also as offload.
         """
+        if "offload" in options:
+            options["memory"] = options.pop("offload")
         dtype = options.get("dtype")
         if dtype is not None and not isinstance(dtype, str):
             options["dtype"] = str(dtype).removeprefix("torch.")
@@ -321,7 +327,7 @@ class Pipeline(ABC, Generic[R]):
             loading.model,
             dtype=getattr(torch, loading.dtype) if loading.dtype else None,
             device=loading.device,
-            offload=cast(Any, loading.offload),
+            offload=cast(Any, loading.memory),
             tiling=loading.tiling,
         )
         model.economy = preset(loading.speed)
@@ -806,6 +812,7 @@ class Pipeline(ABC, Generic[R]):
         loras: Mapping[str, Any] = getattr(request, "loras", {})
         return {
             **to_json(self.loaded.loading),
+            "tiling": self.model.memory.tiling,
             "device": str(self.model.device),
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "sha256": self.loaded.sha256,

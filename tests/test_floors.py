@@ -27,7 +27,7 @@ FLOORS = (
     {"attention", "face", "restoration", "world"},
     {"conditions", "examples", "metadata", "look"},
     {"economy"},
-    {"models", "memory", "schedulers"},
+    {"models", "lending", "memory", "schedulers"},
     {"denoise"},
     {"patch", "steering"},
     {"adapter", "adapters"},

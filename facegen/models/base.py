@@ -20,10 +20,11 @@ from facegen.attention.processor import AttentionContext, install
 from facegen.conditions import Condition, ControlCondition, LoraCondition, Pair, TextCondition
 from facegen.economy import EXACT
 from facegen.errors import CheckpointBroken, WeightsMissing, WrongBaseModel, WrongRequest
-from facegen.memory import MemoryPlan, Offload
+from facegen.memory import Memory, MemoryPlan, Need, Placing
 from facegen.models import control, single_file
 from facegen.models.lora import text_module, wearing
 from facegen.models.prepared import Now, Prepared
+from facegen.models.working import working
 from facegen.models.weighted import emphasised, spelled
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class Model(ABC):
         tokenizer: CLIPTokenizer,
         scheduler_config: Mapping[str, Any],
         *,
-        memory: MemoryPlan | None = None,
+        memory: MemoryPlan | Memory | None = None,
         backend: Backend = sdpa,
     ) -> None:
         self.unet = unet
@@ -63,7 +64,7 @@ class Model(ABC):
         self.text_encoder = text_encoder
         self.tokenizer = tokenizer
         self.scheduler_config = dict(scheduler_config)
-        self.memory = memory or MemoryPlan(unet.device, unet.dtype)
+        self.memory = Memory.under(memory or MemoryPlan(unet.device, unet.dtype))
         self.backend = backend
         self.economy = EXACT
         self.source: Path | None = None
@@ -83,18 +84,21 @@ class Model(ABC):
         *,
         dtype: torch.dtype | None = None,
         device: str | torch.device | None = None,
-        offload: Offload = "none",
+        offload: Placing = "none",
         tiling: bool = False,
         slicing: bool = False,
     ) -> Model:
         """A model by name ("mini", "sd15", "sdxl", a hub id), from a diffusers folder, or from one .safetensors/.ckpt
         file.
 
-        Gives an SD15Model or SDXLModel, as the weights say. Raises WeightsMissing (nothing there, or a folder that
-        lacks parts: all of them are listed), CheckpointBroken, WrongBaseModel (called on one class with weights of
-        the other).
+        Gives an SD15Model or SDXLModel, as the weights say. offload: see MemoryPlan; "auto" chooses by the memory that
+        is free. Raises WeightsMissing (nothing there, or a folder that lacks parts: all of them are listed),
+        CheckpointBroken, WrongBaseModel (called on one class with weights of the other), NotEnoughMemory.
         """
-        plan = MemoryPlan.choose(device, dtype, offload=offload, tiling=tiling, slicing=slicing)
+        auto = offload == "auto"
+        plan = MemoryPlan.choose(
+            device, dtype, offload="none" if offload == "auto" else offload, tiling=tiling, slicing=slicing
+        )
         path = locate(source)
         parts = single_file.load(path, plan.dtype) if path.is_file() else _from_folder(path, plan.dtype)
         kind = _kind(parts["unet"].config)
@@ -104,14 +108,18 @@ class Model(ABC):
             if isinstance(part, nn.Module):
                 _check_finite(part, name, path)
                 part.requires_grad_(False).eval()
-                plan.place(part)
-        model = kind.from_parts(parts, plan)
+        memory = Memory(plan, auto)
+        networks = {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
+        memory.choose({name: Need.of(part, working(part)) for name, part in networks.items()})
+        for part in networks.values():
+            memory.place(part)
+        model = kind.from_parts(parts, memory)
         model.source = path
         return model
 
     @classmethod
     @abstractmethod
-    def from_parts(cls, parts: Mapping[str, Any], memory: MemoryPlan) -> Model:
+    def from_parts(cls, parts: Mapping[str, Any], memory: MemoryPlan | Memory) -> Model:
         """The model made of these parts: diffusers' component names, and "scheduler_config"."""
 
     def with_unet(self, unet: UNet2DConditionModel) -> Self:

@@ -140,6 +140,7 @@ class Prepared:
     # --- life ---------------------------------------------------------------------------------------------------
 
     def __enter__(self) -> Prepared:
+        self._stack.enter_context(self.model.memory.using(*self._acting()))
         loras = [condition.layers for condition in self.conditions if isinstance(condition, LoraCondition)]
         if loras:
             self._worn = self._stack.enter_context(wearing(self.model.unet, loras))
@@ -158,6 +159,15 @@ class Prepared:
         self._worn = None
         self._states = None
         self._stack.close()
+
+    def _acting(self) -> list[nn.Module]:
+        """The adapters' weights that act inside the UNet, in every step."""
+        found: list[nn.Module] = []
+        for condition in self.conditions:
+            if isinstance(condition, TokenCondition):
+                found += (condition.lora or {}).values()
+                found += condition.layers.values() if condition.mix == "ahead" else ()
+        return found
 
     def active(self, index: int, total: int) -> Now:
         """What acts in step `index` (from 0) of `total`."""
@@ -352,7 +362,8 @@ class Prepared:
                     f"The adapter's weights at attention layer {index} map {kv.sizes[0]} to {kv.sizes[1]}"
                     f" channels, the tokens have {rows.shape[-1]} and the loaded base model's layer {layer.width}."
                 )
-            key, value = kv.project(rows.to(next(kv.parameters())))
+            with self.model.memory.using(kv):
+                key, value = kv.project(rows.to(next(kv.parameters())))
             found[index] = self._split(key, layer), self._split(value, layer)
         return found
 
@@ -423,8 +434,8 @@ class Prepared:
                 f" give it 1 or {self.batch}."
             )
         halves = 2 if self.guidance else 1
-        rows = image.to(next(net.parameters())).expand(self.batch, -1, -1, -1).repeat(halves, 1, 1, 1)
         with self.model.memory.using(net):
+            rows = image.to(next(net.parameters())).expand(self.batch, -1, -1, -1).repeat(halves, 1, 1, 1)
             return control.hint(net, rows)
 
     def hint(self, condition: ControlCondition) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from facegen.conditions import LoraCondition, TextCondition, pair
-from facegen.memory import MemoryPlan
+from facegen.memory import Memory, MemoryPlan
 from facegen.models.base import Model
 from facegen.models.prepared import Prepared
 from facegen.models.text import negatives
@@ -21,7 +21,7 @@ class SD15Model(Model):
     text_parts = ("text_encoder",)
 
     @classmethod
-    def from_parts(cls, parts: Mapping[str, Any], memory: MemoryPlan) -> SD15Model:
+    def from_parts(cls, parts: Mapping[str, Any], memory: MemoryPlan | Memory) -> SD15Model:
         """See Model.from_parts."""
         return cls(
             parts["unet"],

@@ -11,7 +11,7 @@ from torch import Tensor
 from facegen.attention.backends import Backend, sdpa
 from facegen.conditions import LoraCondition, TextCondition, pair
 from facegen.errors import WrongRequest
-from facegen.memory import MemoryPlan
+from facegen.memory import Memory, MemoryPlan
 from facegen.models.base import Model
 from facegen.models.prepared import Prepared
 from facegen.models.text import negatives
@@ -38,7 +38,7 @@ class SDXLModel(Model):
         *,
         text_encoder_2: CLIPTextModelWithProjection,
         tokenizer_2: CLIPTokenizer,
-        memory: MemoryPlan | None = None,
+        memory: MemoryPlan | Memory | None = None,
         backend: Backend = sdpa,
         zero_empty_prompt: bool = True,
     ) -> None:
@@ -48,7 +48,7 @@ class SDXLModel(Model):
         self.zero_empty_prompt = zero_empty_prompt
 
     @classmethod
-    def from_parts(cls, parts: Mapping[str, Any], memory: MemoryPlan) -> SDXLModel:
+    def from_parts(cls, parts: Mapping[str, Any], memory: MemoryPlan | Memory) -> SDXLModel:
         """See Model.from_parts."""
         return cls(
             parts["unet"],
