@@ -298,6 +298,13 @@ def teach_control(name: str) -> Callable[[Workshop], None]:
     return stage
 
 
+def distil(shop: Workshop) -> None:
+    """Four steps instead of many, as a LoRA beside the finished base model, only on demand."""
+    from facegen.training.distil import train_distil
+
+    train_distil(shop)
+
+
 STAGES: Mapping[str, Callable[[Workshop], None]] = {
     "pictures": draw_pictures,
     **{name: train_perception(name) for name in PERCEPTION},
@@ -310,6 +317,7 @@ STAGES: Mapping[str, Callable[[Workshop], None]] = {
 }
 EXTRA: Mapping[str, Callable[[Workshop], None]] = {
     "write": write_model,
+    "distil": distil,
     **{name: teach_control(name) for name in CONTROLS},
 }
 
@@ -327,7 +335,8 @@ def train(
 
     ``budget`` is the share of the full recipe's steps and pictures; it must stay the same when a run goes on. The
     stage "write", only on demand, writes the diffusion model of the last checkpoint without waiting for the end; the
-    stages of the controls ("expression", "landmarks", "depth", …), learn beside the finished model in ``output``.
+    stages of the controls ("expression", "landmarks", "depth", …) and "distil" (a LoRA that paints in four steps) learn
+    beside the finished model in ``output``.
     Raises :class:`WrongRequest` for an unknown stage, :class:`WeightsMissing` where an earlier one is missing, and
     :class:`facegen.errors.Cancelled` on Ctrl-C; the same call goes on. ``start`` is a finished model (such as the
     embedded one) with which the diffusion begins instead of from nothing; its autoencoder is kept.

@@ -21,22 +21,22 @@ class VelocityObjective:
         kept = {name: value for name, value in scheduler_config.items() if not name.startswith("_")}
         self.cumulative: Tensor = DDPMScheduler.from_config(kept).alphas_cumprod  # (T,)
 
-    def _levels(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    def levels(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """How much of the picture and of the noise there is, (B, 1, 1, 1) each."""
         cumulative = self.cumulative.to(like)[timesteps].view(-1, 1, 1, 1)
         return cumulative.sqrt(), (1 - cumulative).sqrt()
 
     def noisy(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """(B, C, h, w) at timesteps (B,)."""
-        picture, rest = self._levels(timesteps, latents)
+        picture, rest = self.levels(timesteps, latents)
         return picture * latents + rest * noise
 
     def errors(self, found: Tensor, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """The squared error of each place, mean over the channels, (B, h, w)."""
-        picture, rest = self._levels(timesteps, latents)
+        picture, rest = self.levels(timesteps, latents)
         return (found.float() - (picture * noise - rest * latents)).square().mean(1)
 
     def clean(self, found: Tensor, noisy: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """The latents that a velocity implies, (B, C, h, w), and how much of the picture there was to see, (B,)."""
-        picture, rest = self._levels(timesteps, noisy)
+        picture, rest = self.levels(timesteps, noisy)
         return picture * noisy - rest * found.float(), picture.flatten()

@@ -1,0 +1,94 @@
+"""Distillation: only the LoRA learns, it foresees the teacher's path better, and its file is read as any LCM-LoRA."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from facegen.models.lora import load_lora
+from facegen.training.cache import Cache
+from facegen.training.checkpoint import save_tensors
+from facegen.training.diffusion import DiffusionObjective, DiffusionSettings, Lessons, new_adapters, new_model
+from facegen.training.distil import DistilObjective, DistilSettings, LowRankSet
+from facegen.training.mini import EXTRA
+from facegen.training.vae import VAESettings, new_vae
+
+SIZES = DiffusionSettings(
+    channels=(32, 64), text_width=128, text_layers=1, queries=2, resampler_depth=1, rank=2, batch=3, base=False,
+    ways={"prompt": 0.4, "ip_adapter_faceid": 0.3, "instantid": 0.3},
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def objective(draw_cache: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> DistilObjective:
+    from facegen.world.tokenizer import build_tokenizer
+
+    pictures = Cache(draw_cache(tmp_path_factory.mktemp("pictures"), people=3, pictures=3))
+    generator = torch.Generator().manual_seed(1)
+    latents = torch.randn(len(pictures), 4, 16, 16, generator=generator).half()
+    lessons = Lessons(pictures, latents, torch.randn(len(pictures), 128, generator=generator))
+    torch.manual_seed(0)
+    vae = new_vae(VAESettings(channels=(16, 16, 32, 32), latent_channels=4)).requires_grad_(False)
+    model = new_model(vae, build_tokenizer(tmp_path_factory.mktemp("tokenizer")), SIZES)
+    teaching = DiffusionObjective(model, new_adapters(model, 128, SIZES), lessons, SIZES, lessons)
+    return DistilObjective(teaching, DistilSettings(rank=4, batch=3))
+
+
+def test_it_is_a_stage_on_demand() -> None:
+    assert "distil" in EXTRA
+
+
+def test_a_fresh_lora_changes_nothing(objective: DistilObjective) -> None:
+    batch = objective.teaching._gather(
+        objective.teaching.lessons, torch.arange(3), "ip_adapter_faceid", torch.Generator().manual_seed(2)
+    )
+    asked = objective.teaching.conditions(batch)
+    steps = torch.full((3,), 499)
+    with torch.no_grad():
+        fresh = DistilObjective(objective.teaching, objective.settings)
+        plain = fresh._predicted(asked, batch.latents, steps)
+        clean = fresh.velocity.clean(plain, batch.latents, steps)[0]
+        assert torch.allclose(fresh.foreseen(asked, batch.latents, steps), clean, atol=1e-3)
+
+
+@pytest.mark.parametrize("way", ["prompt", "ip_adapter_faceid", "instantid"])
+def test_only_the_lora_learns_under_every_way(objective: DistilObjective, way: str) -> None:
+    batch = objective.teaching._gather(
+        objective.teaching.lessons, torch.arange(3), way, torch.Generator().manual_seed(2)
+    )
+    before = [value.clone() for value in objective.model.unet.parameters()]
+    optimizer = torch.optim.AdamW(objective.parameter_groups(), lr=2e-3)
+    losses = []
+    for _ in range(6):
+        loss = objective.loss(batch, 0, torch.Generator().manual_seed(4))["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0]
+    assert all(torch.equal(a, b) for a, b in zip(before, objective.model.unet.parameters(), strict=True))
+    assert not any(part._forward_hooks for part in objective.model.unet.modules())
+
+
+def test_the_file_is_worn_as_it_was_learnt(objective: DistilObjective, tmp_path: Path) -> None:
+    lora = objective.module
+    assert isinstance(lora, LowRankSet)
+    with torch.no_grad():
+        for value in lora.up:
+            value.normal_(generator=torch.Generator().manual_seed(5))
+    path = tmp_path / "lcm.safetensors"
+    save_tensors(lora.tensors(), path)
+    worn = load_lora(path, objective.model)
+    assert worn.layers.keys() == lora.layers().keys()
+    for name, low in lora.layers().items():
+        assert worn.layers[name].gain == 1.0
+        assert torch.allclose(worn.layers[name].up.float().flatten(), low.up.flatten(), rtol=1e-2)
+
+
+def test_what_is_measured(objective: DistilObjective) -> None:
+    found = objective.figures()
+    assert set(found) == {"four_steps", "four_steps_without"}
+    assert all(value > 0 for value in found.values())
