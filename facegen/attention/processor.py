@@ -194,6 +194,24 @@ def _fed(state: Tensor, one: Ahead, backend: Backend) -> Tensor:
     return torch.tanh(one.weights.alpha_dense) * one.weights.ff(one.weights.norm2(state))
 
 
+def attended(query: Tensor, own: KeyValue, layer: LayerContext, backend: Backend) -> Tensor:
+    """What a layer attends to: its own keys and values, those of references, and its streams.
+
+    query (R, H, L, d) → (R, L, C), before the output projection.
+    """
+    if layer.reference is None:
+        return mix(query, own, layer.streams, backend, layer.segments)
+    key, value = own
+    bias = None
+    if layer.reference_bias is not None:
+        none = layer.reference_bias.new_zeros(*layer.reference_bias.shape[:-1], key.shape[2])
+        bias = torch.cat([none, layer.reference_bias], dim=-1).to(query.dtype)  # (R or 1, 1, L or 1, own + N)
+        bias = bias.expand(-1, -1, query.shape[2], -1)
+    key = torch.cat([key, layer.reference[0].to(key.dtype)], dim=2)
+    value = torch.cat([value, layer.reference[1].to(value.dtype)], dim=2)
+    return merge_heads(backend(query, key, value, bias)).to(query.dtype)
+
+
 class FacegenAttention:
     """diffusers' attention processor for one layer; see the module's text."""
 
@@ -234,18 +252,7 @@ class FacegenAttention:
             key = split_heads(add_low_rank(source, attn.to_k(source), lora.k), attn.heads)
             value = split_heads(add_low_rank(source, attn.to_v(source), lora.v), attn.heads)
 
-        if layer.reference is not None:
-            bias = None
-            if layer.reference_bias is not None:
-                own = layer.reference_bias.new_zeros(*layer.reference_bias.shape[:-1], key.shape[2])
-                bias = torch.cat([own, layer.reference_bias], dim=-1).to(query.dtype)  # (R or 1, 1, L or 1, own + N)
-                bias = bias.expand(-1, -1, query.shape[2], -1)
-            key = torch.cat([key, layer.reference[0].to(key.dtype)], dim=2)
-            value = torch.cat([value, layer.reference[1].to(value.dtype)], dim=2)
-            out = merge_heads(backend(query, key, value, bias)).to(query.dtype)
-        else:
-            out = mix(query, (key, value), layer.streams, backend, layer.segments)
-
+        out = attended(query, (key, value), layer, backend)
         out = attn.to_out[1](add_low_rank(out, attn.to_out[0](out), lora.out))
         if attn.residual_connection:
             out = out + hidden_states

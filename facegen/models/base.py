@@ -290,30 +290,45 @@ class Model(ABC):
         """
         return Prepared(self, conditions, batch, guidance=guidance, backend=backend or self.backend)
 
-    def predict(self, sample: Tensor, timestep: Tensor | int, now: Now) -> Tensor:
+    def predict(self, sample: Tensor, timestep: Tensor | int, now: Now, seen: list[quick.Deep] | None = None) -> Tensor:
         """One UNet call: scaled latents (R, 4, h, w) at timestep(s) () or (R,) → the model output (R, 4, h, w), in
         sample's dtype.
 
-        now: `prepared.active(i, n)` in a run, `prepared.throughout()` for a single call or a training step.
+        now: `prepared.active(i, n)` in a run, `prepared.throughout()` for a single call or a training step. seen: gets
+        what a later step may take over (facegen.models.shortcut), where the call takes the quick path.
         """
         size = (sample.shape[-2], sample.shape[-1])
         now = now.at(timestep)
-        return self._call(sample, timestep, now, now.prepared.attention(now, size))
+        return self._call(sample, timestep, now, now.prepared.attention(now, size), seen)
 
-    def _call(self, sample: Tensor, timestep: Tensor | int, now: Now, context: AttentionContext) -> Tensor:
+    def _call(
+        self,
+        sample: Tensor,
+        timestep: Tensor | int,
+        now: Now,
+        context: AttentionContext,
+        seen: list[quick.Deep] | None = None,
+    ) -> Tensor:
         prepared = now.prepared
         steps = torch.as_tensor(timestep, device=sample.device)
         noisy = sample.to(self.dtype)
         text = now.text
         embeds = prepared.rows(text.embeds)
         added = self.added(text, prepared, sample)
-        down, mid = self._control(noisy, steps, now, embeds, added)
+        down, mid = self._control(noisy, steps, now, added)
         whole = prepared.channels(now, noisy)
         if whole.shape[1] != self.unet.config["in_channels"]:
             raise WrongRequest(
                 f"The loaded UNet takes {self.unet.config['in_channels']} channels but the conditions make"
                 f" {whole.shape[1]}; an inpainting model needs a ChannelsCondition with {self.extra_channels}."
             )
+        route = quick.fits(self.unet, whole, context)
+        if route is not None:
+            look = quick.look(whole, self.embedding(whole, steps, embeds, added), embeds, context, prepared.guidance)
+            output, deep = quick.unet(route, whole, look, down or (), mid)
+            if seen is not None:
+                seen.append(deep)
+            return output.to(sample.dtype)
         output = self.unet(
             whole,
             steps,
@@ -326,20 +341,32 @@ class Model(ABC):
         )[0]
         return output.to(sample.dtype)
 
+    def embedding(self, sample: Tensor, timestep: Tensor, embeds: Tensor, added: dict[str, Tensor]) -> Tensor:
+        """The UNet's time embedding, (1 or R, E): one row where nothing tells the rows apart."""
+        unet: Any = self.unet
+        emb = unet.time_embedding(unet.get_time_embed(sample if timestep.ndim else sample[:1], timestep))
+        further = unet.get_aug_embed(emb, embeds, added)
+        return emb if further is None else emb + further
+
     def _control(
-        self, sample: Tensor, timestep: Tensor, now: Now, embeds: Tensor, added: Mapping[str, Tensor]
+        self, sample: Tensor, timestep: Tensor, now: Now, added: Mapping[str, Tensor]
     ) -> tuple[tuple[Tensor, ...] | None, Tensor | None]:
         """The summed residuals of the ControlNets that act in this step."""
         down: list[Tensor] | None = None
         mid: Tensor | None = None
         for condition, strength in now.of(ControlCondition):
             net = condition.controlnet
-            context = embeds if condition.embeds is None else now.prepared.rows(condition.embeds)
             with self.memory.using(net):
                 like = next(net.parameters())
                 extra = {name: value.to(like) for name, value in added.items()}
                 own_down, own_mid = control.residuals(
-                    net, sample.to(like), timestep, context.to(like), now.prepared.hint(condition), extra
+                    net,
+                    sample.to(like),
+                    timestep,
+                    now.prepared.prompt(condition, now.text.embeds),
+                    now.prepared.hint(condition),
+                    extra,
+                    guidance=now.prepared.guidance,
                 )
             own_down = [now.prepared.confined(state * strength, condition.mask).to(sample) for state in own_down]
             own_mid = now.prepared.confined(own_mid * strength, condition.mask).to(sample)

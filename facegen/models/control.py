@@ -9,12 +9,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from facegen import checkpoints
+from facegen.attention.processor import AttentionContext, AttentionLayer, install
 from facegen.errors import CheckpointBroken, WeightsMissing, WrongAdapter, WrongBaseModel
+from facegen.models import quick
 
 if TYPE_CHECKING:
     from diffusers import ControlNetModel
@@ -40,21 +43,52 @@ def hint(controlnet: Any, image: Tensor) -> Tensor:
     return controlnet.controlnet_cond_embedding(image)
 
 
+_installed: WeakKeyDictionary[nn.Module, tuple[AttentionLayer, ...]] = WeakKeyDictionary()
+
+
+def layers(controlnet: Any) -> tuple[AttentionLayer, ...]:
+    """The net's attention layers; the first call sets our processor on them, which without a context is diffusers'."""
+    if controlnet not in _installed:
+        _installed[controlnet] = install(controlnet)
+    return _installed[controlnet]
+
+
 def residuals(
     controlnet: Any,
     sample: Tensor,
     timestep: Tensor,
-    context: Tensor,
+    prompt: tuple[Tensor, AttentionContext],
     hint_embedding: Tensor,
     added: Mapping[str, Tensor],
+    *,
+    guidance: bool = False,
 ) -> tuple[list[Tensor], Tensor]:
     """(residuals of the down blocks, residual of the mid block), unscaled.
 
-    sample (R, 4, h, w), timestep () or (R,), context (R, L, D), hint_embedding (R, C, h, w), added: SDXL's
-    text_embeds and time_ids.
+    sample (R, 4, h, w), timestep () or (R,), prompt: tokens (R, L, D) and what acts at the attention layers,
+    hint_embedding (R, C, h, w), added: SDXL's text_embeds and time_ids, guidance: whether the rows are two halves.
     """
+    embeds, context = prompt
+    route = quick.fits(controlnet, sample, context)
+    steps = timestep.to(sample.device).reshape(-1)
+    if route is None:
+        steps = steps.expand(len(sample))  # to the last bit as diffusers does it
+    emb = _embedding(controlnet, sample, steps, embeds, added)
+    if route is not None:
+        found, x = quick.control(route, sample, quick.look(sample, emb, embeds, context, guidance), hint_embedding)
+    else:
+        found, x = _walk(controlnet, sample, emb, prompt, hint_embedding)
+    down = [layer(state) for state, layer in zip(found, controlnet.controlnet_down_blocks, strict=True)]
+    mid = controlnet.controlnet_mid_block(x)
+    if controlnet.config.global_pool_conditions:
+        down = [state.mean(dim=(2, 3), keepdim=True) for state in down]
+        mid = mid.mean(dim=(2, 3), keepdim=True)
+    return down, mid
+
+
+def _embedding(controlnet: Any, sample: Tensor, steps: Tensor, context: Tensor, added: Mapping[str, Tensor]) -> Tensor:
+    """(1 or R, E) for timesteps (1,) or (R,); R where more than the step tells the rows apart."""
     config = controlnet.config
-    steps = timestep.to(sample.device).reshape(-1).expand(sample.shape[0])
     # The projection has no weights and is always float32; the embedding after it may run in half precision.
     emb = controlnet.time_embedding(controlnet.time_proj(steps).to(sample.dtype))
     if config.addition_embed_type == "text":
@@ -63,26 +97,26 @@ def residuals(
         pooled = added["text_embeds"]
         sizes = controlnet.add_time_proj(added["time_ids"].flatten()).reshape(pooled.shape[0], -1)
         emb = emb + controlnet.add_embedding(torch.cat([pooled, sizes], dim=-1).to(emb.dtype))
+    return emb
 
+
+def _walk(
+    controlnet: Any, sample: Tensor, emb: Tensor, prompt: tuple[Tensor, AttentionContext], hint_embedding: Tensor
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """diffusers' forward from the hint's embedding on: the skips' states and the middle's."""
+    more = {"encoder_hidden_states": prompt[0], "cross_attention_kwargs": {"context": prompt[1]}}
     x = controlnet.conv_in(sample) + hint_embedding
     found: tuple[Tensor, ...] = (x,)
     for block in controlnet.down_blocks:
         if getattr(block, "has_cross_attention", False):
-            x, states = block(hidden_states=x, temb=emb, encoder_hidden_states=context)
+            x, states = block(hidden_states=x, temb=emb, **more)
         else:
             x, states = block(hidden_states=x, temb=emb)
         found += states
     if controlnet.mid_block is not None:
-        if getattr(controlnet.mid_block, "has_cross_attention", False):
-            x = controlnet.mid_block(x, emb, encoder_hidden_states=context)
-        else:
-            x = controlnet.mid_block(x, emb)
-    down = [layer(state) for state, layer in zip(found, controlnet.controlnet_down_blocks, strict=True)]
-    mid = controlnet.controlnet_mid_block(x)
-    if config.global_pool_conditions:
-        down = [state.mean(dim=(2, 3), keepdim=True) for state in down]
-        mid = mid.mean(dim=(2, 3), keepdim=True)
-    return down, mid
+        seen = more if getattr(controlnet.mid_block, "has_cross_attention", False) else {}
+        x = controlnet.mid_block(x, emb, **seen)
+    return found, x
 
 
 def load_controlnet(folder: Path, unet: Any) -> ControlNetModel:

@@ -1,37 +1,42 @@
-"""Convolutions and linear layers through oneDNN, with weights laid out once for the picture's size.
+"""Convolutions and linear layers through oneDNN, with convolutions' weights laid out once.
 
 PyTorch lays a convolution's weights out anew at every call, which at small feature maps takes longer than the
 convolution itself, and multiplies float32 matrices with MKL, which leaves AVX-512 idle on AMD's processors. The
 operators used here are those that torch.compile writes for a CPU. Only float32 on a CPU without gradients takes this
 path; anything else takes PyTorch's own. A packed model computes the same up to float32 rounding, not to the last bit.
+
+A frozen convolution keeps its weights in oneDNN's layout alone, so that packing takes no memory. Whoever asks for them
+(`conv.weight`, `state_dict()`, a copy, another dtype) gets the plain ones back, to the bit.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-from weakref import WeakKeyDictionary
+from collections.abc import Callable
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
+Operator = Callable[..., Tensor]
 
-class _Packed(NamedTuple):
-    """key: which weights, for which input; weight: opaque to everything but oneDNN."""
 
-    key: tuple[int, int, torch.Size]
+class Laid(NamedTuple):
+    """weight: opaque to everything but oneDNN; place: padding, stride, dilation, groups; version: of the plain weights
+    it was made of, None where they were given up for it.
+    """
+
     weight: Tensor
+    bias: Tensor | None
+    place: tuple[Any, ...]
+    version: tuple[int, int] | None
 
 
-# Beside the modules, not in them: a packed layer is saved, copied and compared like any other.
-_packs: WeakKeyDictionary[nn.Module, _Packed] = WeakKeyDictionary()
-
-
-def _fits(module: nn.Linear | nn.Conv2d, x: Tensor) -> bool:
-    if torch.is_grad_enabled() and (x.requires_grad or module.weight.requires_grad):
-        return False
+def fits(module: nn.Module, x: Tensor) -> bool:
+    """Whether the layer may take oneDNN's path for this input."""
     return (
-        x.device.type == "cpu"
-        and x.dtype == torch.float32 == module.weight.dtype
+        not torch.is_grad_enabled()
+        and x.dtype == torch.float32
+        and x.device.type == "cpu"
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
     )
@@ -41,27 +46,77 @@ class PackedLinear(nn.Linear):
     """``nn.Linear`` through oneDNN; its weights stay as they are."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (PyTorch's name)
-        if not _fits(self, input):
+        if not fits(self, input) or self.weight.dtype != torch.float32:
             return super().forward(input)
         return torch.ops.mkldnn._linear_pointwise(input, self.weight, self.bias, "none", [], "")
 
 
 class PackedConv2d(nn.Conv2d):
-    """``nn.Conv2d`` through oneDNN, its weights laid out for the input's size (a second copy); output channels-last."""
+    """``nn.Conv2d`` through oneDNN, its weights laid out for the first input's size; output channels-last."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (PyTorch's name)
-        if self.padding_mode != "zeros" or isinstance(self.padding, str) or not _fits(self, input):
+        laid = self.laid(input)
+        if laid is None:
             return super().forward(input)
-        key = (self.weight.data_ptr(), self.weight._version, input.shape)
-        pack = _packs.get(self)
-        if pack is None or pack.key != key:
-            laid = torch.ops.mkldnn._reorder_convolution_weight(
-                self.weight, self.padding, self.stride, self.dilation, self.groups, list(input.shape)
-            )
-            pack = _packs[self] = _Packed(key, laid)
-        return torch.ops.mkldnn._convolution_pointwise(
-            input, pack.weight, self.bias, self.padding, self.stride, self.dilation, self.groups, "none", [], ""
-        )
+        return torch.ops.mkldnn._convolution_pointwise(input, laid.weight, laid.bias, *laid.place, "none", [], "")
+
+    def laid(self, x: Tensor) -> Laid | None:
+        """The weights in oneDNN's layout, which serves inputs of any size; None where this path does not fit."""
+        if not fits(self, x):
+            return None
+        known: Laid | None = self.__dict__.get("_laid")
+        if known is not None and known.version is None:
+            return known
+        weight = self.weight
+        version = (weight.data_ptr(), weight._version)
+        if known is not None and known.version == version:
+            return known
+        if self.padding_mode != "zeros" or isinstance(self.padding, str) or weight.dtype != torch.float32:
+            return None
+        place = (self.padding, self.stride, self.dilation, self.groups)
+        ordered = torch.ops.mkldnn._reorder_convolution_weight(weight, *place, list(x.shape))
+        kept = weight.requires_grad or not self._returns(ordered, weight)
+        laid = Laid(ordered, self.bias, place, version if kept else None)
+        if not kept:
+            del self._parameters["weight"]
+        self.__dict__["_laid"] = laid
+        return laid
+
+    def _returns(self, ordered: Tensor, weight: Tensor) -> bool:
+        """Whether the plain weights could be had back from oneDNN's layout."""
+        return ordered.layout == torch._mkldnn and ordered.shape == weight.shape
+
+    def release(self) -> None:
+        """Take the plain weights back."""
+        laid: Laid | None = self.__dict__.pop("_laid", None)
+        if laid is not None and laid.version is None:
+            bias = self._parameters.pop("bias", None)
+            self._parameters["weight"] = nn.Parameter(laid.weight.to_dense(), requires_grad=False)
+            self._parameters["bias"] = bias
+
+    # --- whoever wants the plain weights ------------------------------------------------------------------------
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight" and "_laid" in self.__dict__:
+            self.release()
+            return self._parameters["weight"]
+        return super().__getattr__(name)
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.release()
+        super()._save_to_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.release()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        self.release()
+        return super()._apply(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.release()
+        return self.__dict__.copy()
 
 
 _TWINS: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: PackedLinear, nn.Conv2d: PackedConv2d}
@@ -90,5 +145,6 @@ def unpack(*modules: nn.Module) -> None:
         for part in module.modules():
             plain = own.get(type(part))
             if plain is not None:
+                if isinstance(part, PackedConv2d):
+                    part.release()
                 part.__class__ = plain
-                _packs.pop(part, None)

@@ -117,6 +117,7 @@ class Prepared:
         self._worn: Worn | None = None
         self._keys: dict[int, dict[int, KeyValue]] = {}
         self._hints: dict[int, Tensor] = {}
+        self._read: dict[int, tuple[Tensor, AttentionContext]] = {}
         self._masks: dict[tuple[int, Size, Resize], Tensor] = {}
         self._small: dict[tuple[int, Size, torch.dtype], Tensor] = {}
         self._states: dict[int, Tensor] | None = None
@@ -437,6 +438,33 @@ class Prepared:
         with self.model.memory.using(net):
             rows = image.to(next(net.parameters())).expand(self.batch, -1, -1, -1).repeat(halves, 1, 1, 1)
             return control.hint(net, rows)
+
+    def prompt(self, condition: ControlCondition, text: Pair) -> tuple[Tensor, AttentionContext]:
+        """What a ControlNet reads: tokens (R, L, D), and the keys and values that its layers make of them, once.
+
+        In training they are left to the net, as the UNet's are; see `_text_keys`.
+        """
+        net, pair = condition.controlnet, condition.embeds if condition.embeds is not None else text
+        backend = sdpa if self.backend is triton else self.backend
+        rows = self.rows(pair)
+        layers = control.layers(net)
+        if torch.is_grad_enabled():
+            return rows.to(next(net.parameters())), AttentionContext({}, backend)
+        known = self._read.get(id(condition))
+        if known is None or known[0] is not pair:
+            like = rows.to(next(net.parameters()))
+            read = {
+                layer.index: LayerContext(
+                    (
+                        split_heads(_linear(layer.module.to_k)(like), layer.module.heads),
+                        split_heads(_linear(layer.module.to_v)(like), layer.module.heads),
+                    )
+                )
+                for layer in layers
+                if layer.cross
+            }
+            known = self._read[id(condition)] = pair, AttentionContext(read, backend)
+        return rows.to(next(net.parameters())), known[1]
 
     def hint(self, condition: ControlCondition) -> Tensor:
         """The embedding of a control picture, computed when the conditions were prepared."""

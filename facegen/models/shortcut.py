@@ -7,23 +7,19 @@ the skip connections are those of the whole step. At the latents of the whole st
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from facegen.models import quick
+from facegen.models.quick import Deep
+
 if TYPE_CHECKING:
     from facegen.models.base import Model
     from facegen.models.prepared import Now
-
-
-@dataclass(eq=False)
-class _Kept:
-    """deep: what the last up block was given, (R, C, h, w); residuals: ControlNets' at the outermost skips, or ()."""
-
-    deep: Tensor
-    residuals: tuple[Tensor, ...]
 
 
 class Shortcut:
@@ -31,54 +27,66 @@ class Shortcut:
 
     def __init__(self, model: Model) -> None:
         self.model = model
-        self._kept: _Kept | None = None
+        self._kept: Deep | None = None
 
     def predict(self, sample: Tensor, timestep: Tensor, now: Now, *, whole: bool) -> Tensor:
         """As `Model.predict`; the first step, and one with more rows than were kept, is whole whatever is asked."""
         kept = self._kept
-        if whole or kept is None or kept.deep.shape[0] < sample.shape[0]:
+        if whole or kept is None or kept.state.shape[0] < sample.shape[0]:
             return self._whole(sample, timestep, now)
         # Where guidance ended, the conditional half goes on alone: [u1 … uB, c1 … cB].
         rows = sample.shape[0]
         return self._short(
-            sample, timestep, now, _Kept(kept.deep[-rows:], tuple(residual[-rows:] for residual in kept.residuals))
+            sample, timestep, now, Deep(kept.state[-rows:], tuple(residual[-rows:] for residual in kept.residuals))
         )
 
     def _whole(self, sample: Tensor, timestep: Tensor, now: Now) -> Tensor:
+        seen: list[Deep] = []
+        with self._watched(seen):
+            output = self.model.predict(sample, timestep, now, seen)
+        self._kept = seen[-1]
+        return output
+
+    @contextmanager
+    def _watched(self, seen: list[Deep]) -> Iterator[None]:
+        """Inside, diffusers' forward tells what enters its last up block."""
         unet = self.model.unet
-        seen: dict[str, Any] = {}
+        residuals: list[tuple[Tensor, ...]] = [()]
 
         def entering(module: Any, args: tuple[Any, ...], given: dict[str, Any]) -> None:
-            seen["residuals"] = given.get("down_block_additional_residuals") or ()
+            residuals[:] = [given.get("down_block_additional_residuals") or ()]
 
         def deep(module: Any, args: tuple[Any, ...], given: dict[str, Any]) -> None:
-            seen["deep"] = given["hidden_states"]
+            seen.append(Deep(given["hidden_states"], tuple(residuals[0][: len(module.resnets)])))
 
         hooks = [
             unet.register_forward_pre_hook(entering, with_kwargs=True),
             unet.up_blocks[-1].register_forward_pre_hook(deep, with_kwargs=True),
         ]
         try:
-            output = self.model.predict(sample, timestep, now)
+            yield
         finally:
             for hook in hooks:
                 hook.remove()
-        skips = len(unet.up_blocks[-1].resnets)
-        self._kept = _Kept(seen["deep"], tuple(seen["residuals"][:skips]))
-        return output
 
-    def _short(self, sample: Tensor, timestep: Tensor, now: Now, kept: _Kept) -> Tensor:
+    def _short(self, sample: Tensor, timestep: Tensor, now: Now, kept: Deep) -> Tensor:
         model, prepared = self.model, now.prepared
         unet: Any = model.unet
         noisy = sample.to(model.dtype)
         text = now.text
         context = prepared.rows(text.embeds)
-        attention = {"context": prepared.attention(now, (sample.shape[-2], sample.shape[-1]))}
-        emb = unet.time_embedding(unet.get_time_embed(noisy, torch.as_tensor(timestep, device=sample.device)))
-        further = unet.get_aug_embed(emb, context, model.added(text, prepared, sample))
-        emb = emb if further is None else emb + further
+        acting = prepared.attention(now, (sample.shape[-2], sample.shape[-1]))
+        attention = {"context": acting}
+        whole = prepared.channels(now, noisy)
+        steps = torch.as_tensor(timestep, device=sample.device)
+        emb = model.embedding(whole, steps, context, model.added(text, prepared, sample))
+        route = quick.fits(unet, whole, acting)
+        if route is not None:
+            look = quick.look(whole, emb, context, acting, prepared.guidance)
+            return quick.shallow(route, whole, look, kept).to(sample.dtype)
+        emb = emb.expand(len(whole), -1)
 
-        x = unet.conv_in(prepared.channels(now, noisy))
+        x = unet.conv_in(whole)
         skips = [x]
         first, last = unet.down_blocks[0], unet.up_blocks[-1]
         attentions = getattr(first, "attentions", None) or [None] * len(first.resnets)
@@ -91,7 +99,7 @@ class Shortcut:
             skips = [skip + residual for skip, residual in zip(skips, kept.residuals, strict=True)]
         more = {"encoder_hidden_states": context, "cross_attention_kwargs": attention}
         x = last(
-            hidden_states=kept.deep,
+            hidden_states=kept.state,
             temb=emb,
             res_hidden_states_tuple=tuple(skips),
             **(more if getattr(last, "has_cross_attention", False) else {}),
