@@ -21,7 +21,7 @@ from facegen.conditions import Condition, ControlCondition, LoraCondition, Pair,
 from facegen.economy import EXACT
 from facegen.errors import CheckpointBroken, WeightsMissing, WrongBaseModel, WrongRequest
 from facegen.memory import Memory, MemoryPlan, Need, Placing
-from facegen.models import control, single_file
+from facegen.models import control, quick, single_file
 from facegen.models.lora import text_module, wearing
 from facegen.models.prepared import Now, Prepared
 from facegen.models.working import working
