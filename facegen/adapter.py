@@ -343,8 +343,14 @@ def load_adapter(source: str | Path, model: Model) -> Adapter:
     return load(source, model)[0]
 
 
-def load(source: str | Path, model: Model) -> tuple[Adapter, Path]:
-    """As `load_adapter`, and the path it was loaded from."""
+def load(source: str | Path, model: Model, *, commercial_only: bool = False) -> tuple[Adapter, Path]:
+    """As `load_adapter`, and the path it was loaded from.
+
+    commercial_only: NotCommercial, with the reason, for weights whose terms, or those of the recogniser that they work
+    with, forbid commercial use.
+    """
+    from facegen import hub
+
     path = Path(source).expanduser()
     kind = None
     if not path.exists():
@@ -356,10 +362,12 @@ def load(source: str | Path, model: Model) -> tuple[Adapter, Path]:
         if origin.is_dir() and beside.is_dir():
             path = beside
         else:
-            from facegen.hub import resolve
-
-            path = Path(resolve(name))
+            if commercial_only:
+                hub.check_commercial(name)
+            path = hub.resolve(name)
     kind = kind or recognise(path)
+    if commercial_only and not hub.own(path):
+        hub.check_commercial_family(kind.name, str(describe(path).sizes.get("variant")))
     return kind.from_pretrained(path, model), path
 
 

@@ -26,6 +26,7 @@ from facegen.manifest import File, Weights, manifest, objection, of_family
 log = logging.getLogger(__name__)
 
 ASSETS = Path(__file__).parent / "assets"
+OWN = "mini.json"  # beside a model that facegen trained
 CHECKSUMS = "SHA256SUMS"  # beside a folder of weights: sha256sum's format
 WEIGHTS: Mapping[str, Weights] = manifest()
 
@@ -137,24 +138,27 @@ def licence(name: str) -> str:
 
 
 def check_commercial(name: str) -> None:
-    """NotCommercial, with the reason, for weights that may not be used commercially; others are told of in the log."""
+    """NotCommercial, with the reason, for a name of weights that may not be used commercially.
+
+    Of paths and hub ids facegen does not know the terms: it says so in the log, unless they are its own.
+    """
     weights = WEIGHTS.get(_canonical(name.partition("/")[0]))
-    if weights is None:
+    if weights is not None:
+        _refuse(objection(weights, WEIGHTS))
+    elif not own(Path(name).expanduser()):
         log.warning("Whether %s may be used commercially is not known to facegen; read its terms.", name)
-        return
-    _refuse(objection(weights, WEIGHTS))
 
 
 def check_commercial_family(family: str, variant: str | None = None) -> None:
-    """The same for a file by the adapter that reads it, as its keys told; adapters of facegen's own pass."""
+    """The same for a file, by the adapter that reads it as its keys told; adapters that nobody published pass."""
     weights = of_family(family, variant, WEIGHTS)
     if weights is not None:
         _refuse(objection(weights, WEIGHTS))
 
 
-def embedded(path: Path) -> bool:
-    """Whether the weights are part of facegen, and so under its own licence."""
-    return path.resolve().is_relative_to(ASSETS.resolve())
+def own(path: Path) -> bool:
+    """Whether the weights are facegen's, embedded or trained with it, and so no published ones."""
+    return any((folder / OWN).is_file() for folder in [path, *path.resolve().parents][:4])
 
 
 def _refuse(reason: str | None) -> None:

@@ -99,6 +99,9 @@ class Loading(Request):
         "On a CPU: lay the weights out for its matrix units; faster, equal up to float32 rounding.",
         advanced=True,
     )
+    commercial_only: bool = switch(
+        False, "Refuse weights that may not be used commercially, and those that work only with such.", advanced=True
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -319,10 +322,14 @@ class Pipeline(ABC, Generic[R]):
         """Load what a :class:`Loading` describes."""
         import torch
 
+        from facegen import hub
         from facegen.economy import preset
         from facegen.models.base import Model, locate
         from facegen.models.packed import pack
 
+        if loading.commercial_only:
+            for name in filter(None, (loading.model, loading.pack)):
+                hub.check_commercial(name)
         model = Model.from_pretrained(
             loading.model,
             dtype=getattr(torch, loading.dtype) if loading.dtype else None,
@@ -353,11 +360,12 @@ class Pipeline(ABC, Generic[R]):
         """Load an adapter by name, folder or file (its family is read off its keys) and return the name it goes by.
 
         name: for a second adapter of one family.
-        Raises WeightsMissing, CheckpointBroken, WrongAdapter or WrongBaseModel.
+        Raises WeightsMissing, CheckpointBroken, WrongAdapter or WrongBaseModel; NotCommercial for a pipeline that was
+        loaded with commercial_only.
         """
         from facegen import adapter as contract
 
-        adapter, path = contract.load(source, self.model)
+        adapter, path = contract.load(source, self.model, commercial_only=self.loaded.loading.commercial_only)
         if self.loaded.loading.packed:
             from facegen.models import packed
 
@@ -402,9 +410,12 @@ class Pipeline(ABC, Generic[R]):
 
     def analyzer(self, pack: str) -> FaceAnalyzer:
         """The face analysis of a pack, loaded once."""
+        from facegen import hub
         from facegen.face.analyze import FaceAnalyzer
 
         if pack not in self.loaded.analyzers:
+            if self.loaded.loading.commercial_only:
+                hub.check_commercial(pack)
             self.loaded.analyzers[pack] = FaceAnalyzer.from_pretrained(pack)
         return self.loaded.analyzers[pack]
 

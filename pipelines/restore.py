@@ -138,15 +138,19 @@ class RestorePipeline(Pipeline[RestoreRequest]):
         from facegen.restoration.restorer import Restorer
 
         if path not in self._restorers:
-            restorer = Restorer.from_pretrained(path)
+            strict = self.loaded.loading.commercial_only
+            restorer = Restorer.from_pretrained(path, commercial_only=strict)
             restorer.net.to(self.model.device)
             self._restorers[path] = restorer
         return self._restorers[path]
 
     def _parser(self, path: str) -> Parser:
+        from facegen import hub
         from facegen.face.parsing import Parser
 
         if path not in self._parsers:
+            if self.loaded.loading.commercial_only:
+                hub.check_commercial("parsenet")  # BiSeNet's terms are the same
             self._parsers[path] = Parser.from_file(path)
         return self._parsers[path]
 

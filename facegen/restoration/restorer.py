@@ -13,7 +13,7 @@ from torch import Tensor
 from facegen import checkpoints
 from facegen.errors import WeightsMissing
 from facegen.face.types import Array
-from facegen.hub import resolve
+from facegen.hub import check_commercial, resolve
 from facegen.restoration.codeformer import CodeFormer
 from facegen.restoration.dfdnet import DFDNet, boxes_of_points, read_dictionary
 from facegen.restoration.faces import SIDE
@@ -22,7 +22,7 @@ from facegen.restoration.restoreformer import RestoreFormer
 
 DICTIONARY = "DictionaryCenter512"
 _WANTED = "a restoration network (CodeFormer, RestoreFormer, GFPGAN or DFDNet)"
-_FAMILIES = (CodeFormer, RestoreFormer, GFPGAN, DFDNet)
+_FAMILIES = (CodeFormer, RestoreFormer, GFPGAN, DFDNet)  # called in the manifest as here, in small letters
 
 Run = Callable[[Tensor, "Wish"], Tensor]
 """Faces (1, 3, S, S) in [-1, 1] to restored ones of about that range."""
@@ -53,20 +53,24 @@ class Restorer:
     side: int = SIDE
 
     @classmethod
-    def from_pretrained(cls, source: str | Path) -> Restorer:
+    def from_pretrained(cls, source: str | Path, *, commercial_only: bool = False) -> Restorer:
         """CodeFormer, RestoreFormer(++), GFPGAN or DFDNet: a file or folder, told by its keys, or a name of the hub's.
 
         A folder stands for the one network in it; DFDNet's dictionary lies beside its weights or above them.
-        Raises WeightsMissing, CheckpointBroken, WrongAdapter.
+        Raises WeightsMissing, CheckpointBroken, WrongAdapter, and with commercial_only NotCommercial.
         """
         path = Path(source).expanduser()
         if not path.exists() and path.suffix not in checkpoints.SUFFIXES:
+            if commercial_only:
+                check_commercial(str(source))
             path = resolve(str(source))
         path = _file(path)
         keys = checkpoints.unwrapped(checkpoints.shapes(path))
         family = _family(keys)
         if family is None:
             raise checkpoints.refuse(path, keys, _WANTED)
+        if commercial_only:
+            check_commercial(family.__name__.lower())
         tensors = checkpoints.read(path)
         if family is DFDNet:
             faces = DFDNet.of(tensors, read_dictionary(_dictionary(path)), path)
