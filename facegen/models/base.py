@@ -21,11 +21,11 @@ from facegen.conditions import Condition, ControlCondition, LoraCondition, Pair,
 from facegen.economy import EXACT
 from facegen.errors import CheckpointBroken, WeightsMissing, WrongBaseModel, WrongRequest
 from facegen.memory import Memory, MemoryPlan, Need, Placing
-from facegen.models import control, quick, single_file
+from facegen.models import control, door, quick, single_file
 from facegen.models.lora import text_module, wearing
 from facegen.models.prepared import Now, Prepared
-from facegen.models.working import working
 from facegen.models.weighted import emphasised, spelled
+from facegen.models.working import working
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -511,6 +511,7 @@ def _load_part(folder: Path, name: str, dtype: torch.dtype, variant: str | None)
     place = folder / name
     common: dict[str, Any] = {"variant": variant, "local_files_only": True}
     try:
+        _check_part(place, name, variant or "")
         if name == "unet":
             return UNet2DConditionModel.from_pretrained(str(place), dtype=dtype, **common)
         if name == "vae":
@@ -524,6 +525,20 @@ def _load_part(folder: Path, name: str, dtype: torch.dtype, variant: str | None)
         return encoder
     except (OSError, ValueError, RuntimeError, SafetensorError, KeyError) as error:
         raise CheckpointBroken(f"The weights in {place} cannot be loaded: {_first_line(error)}") from error
+
+
+def _check_part(place: Path, name: str, variant: str) -> None:
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    if name in ("unet", "vae"):
+        network: Any = UNet2DConditionModel if name == "unet" else AutoencoderKL
+        door.check(place, "diffusion_pytorch_model", variant, lambda config: network.from_config(dict(config)))
+        return
+    kind: Any = CLIPTextModelWithProjection if name == "text_encoder_2" else CLIPTextModel
+    for stem in ("model", "pytorch_model"):
+        door.check(place, stem, variant, lambda config: kind(CLIPTextConfig(**config)))
 
 
 def _check_finite(part: nn.Module, name: str, path: Path) -> None:

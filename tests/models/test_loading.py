@@ -96,6 +96,47 @@ def test_weights_without_all_keys_are_refused(copy: Path) -> None:
         load(copy)
 
 
+@pytest.mark.parametrize("change", ["missing", "unknown", "shape"])
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_keys_that_do_not_fit_are_named(copy: Path, part: str, change: str) -> None:
+    from safetensors.torch import load_file, save_file
+
+    file = next((copy / part).glob("*.safetensors"))
+    tensors = load_file(file)
+    key = sorted(key for key in tensors if key.endswith("bias"))[0]
+    if change == "missing":
+        tensors.pop(key)
+    elif change == "shape":
+        tensors[key] = torch.ones(1)
+    else:
+        key = "strange.weight"
+        tensors[key] = torch.ones(1)
+    save_file(tensors, file, metadata={"format": "pt"})
+    words = {"missing": "lacks", "unknown": "do not belong there", "shape": "do not fit one another"}
+    with pytest.raises(CheckpointBroken, match=words[change]) as error:
+        load(copy)
+    assert key.removeprefix("text_model.") in str(error.value)
+    assert str(copy / part) in str(error.value)
+
+
+def test_old_names_of_the_autoencoder_are_read(copy: Path) -> None:
+    """As Stable Diffusion 1.5 was published."""
+    from safetensors.torch import load_file, save_file
+
+    before = load(copy).vae.state_dict()
+    file = copy / "vae" / "diffusion_pytorch_model.safetensors"
+    old = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
+    tensors = {}
+    for key, value in load_file(file).items():
+        for new, name in old.items():
+            key = key.replace(new, name)
+        tensors[key] = value
+    assert any(".proj_attn." in key for key in tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+    after = load(copy).vae.state_dict()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
 def test_nan_weights_are_refused(copy: Path) -> None:
     from safetensors.torch import load_file, save_file
 
