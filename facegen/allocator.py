@@ -22,3 +22,10 @@ def keep_memory() -> bool:
     libc = ctypes.CDLL(None)
     options = {_MMAP_THRESHOLD: _LARGEST, _TRIM_THRESHOLD: 2**31 - 1, _TOP_PAD: 2 * _LARGEST}
     return all(libc.mallopt(option, value) == 1 for option, value in options.items())
+
+
+def give_back() -> bool:
+    """Return the pages of freed blocks to the system, holes between used ones too; False where libc is another."""
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    return bool(ctypes.CDLL(None).malloc_trim(0))

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, cast
 
-from facegen import __version__, examples
+from facegen import __version__, examples, few_steps
 from facegen.errors import Cancelled, WrongRequest
 from facegen.request import (
     Curve,
@@ -493,7 +493,8 @@ class Pipeline(ABC, Generic[R]):
             values["seed"] = secrets.randbelow(2**31)
         if "adapters" in known:
             values["adapters"] = self._resolved_adapters(request)
-        steps = getattr(request, "num_inference_steps", 1)
+        values |= self._few_steps(request)
+        steps = values.get("num_inference_steps", getattr(request, "num_inference_steps", 1))
         for name, spec in known.items():
             if spec.kind == "strengths":
                 value = getattr(request, name)
@@ -504,6 +505,22 @@ class Pipeline(ABC, Generic[R]):
         resolved = replace(request, **values)
         self.worn_loras(getattr(resolved, "loras", {}))  # a file that cannot be worn is told of now
         return resolved
+
+    def _few_steps(self, request: R) -> dict[str, Any]:
+        """Scheduler, steps and guidance as a distilled LoRA wants them, where the request has only their defaults."""
+        found = few_steps.wanted(getattr(request, "loras", {}))
+        if found is None:
+            return {}
+        known = specs(type(request))
+        values = {
+            name: value
+            for name, value in found.fields().items()
+            if name in known and getattr(request, name) == known[name].default
+        }
+        if values:
+            said = ", ".join(f"{name} {value}" for name, value in values.items())
+            log.info("A LoRA for few steps is worn: %s.", said)
+        return values
 
     def _resolved_adapters(self, request: R) -> tuple[str, ...]:
         """The adapters that act: those asked for (loaded if need be), else all, else the model's own choice."""
@@ -701,7 +718,7 @@ class Pipeline(ABC, Generic[R]):
 
         worn: list[LoraCondition] = []
         for name, strength in loras.items():
-            path = _lora_path(name)
+            path = _lora_path(name, self.loaded.assets)
             key = (str(path), path.stat().st_mtime if path.exists() else 0.0)
             if key not in self.loaded.loras:
                 self.loaded.loras[key] = load_lora(path, self.model)
@@ -831,7 +848,7 @@ class Pipeline(ABC, Generic[R]):
                 name: {"source": self.loaded.adapters[name].source, "sha256": self.loaded.adapters[name].sha256}
                 for name in adapters
             },
-            "loras": {name: _weights_checksum(_lora_path(name)) for name in loras},
+            "loras": {name: _weights_checksum(_lora_path(name, self.loaded.assets)) for name in loras},
         }
 
     def _request_json(self, request: R) -> dict[str, Any]:
@@ -847,12 +864,15 @@ def _per_step(curve: Curve | None, steps: int) -> Curve | None:
     return tuple(float(curve(index / max(steps - 1, 1))) for index in range(steps))
 
 
-def _lora_path(name: str) -> Path:
-    """A LoRA's file or folder where it lies, or where the hub keeps what goes by that name."""
+def _lora_path(name: str, assets: Path | None) -> Path:
+    """A LoRA's file or folder where it lies, the model's own of that name, or where the hub keeps what is called so."""
     from facegen.hub import resolve
 
     path = Path(name).expanduser()
-    return path if path.exists() or path.suffix else resolve(name)
+    if path.exists() or path.suffix:
+        return path
+    own = None if assets is None else assets / "loras" / f"{name}.safetensors"
+    return own if own is not None and own.is_file() else resolve(name)
 
 
 def _photo_name(photo: Photo) -> str:

@@ -29,6 +29,9 @@ SCHEDULERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "unipc": ("UniPCMultistepScheduler", {}),
     "lcm": ("LCMScheduler", {}),
     "tcd": ("TCDScheduler", {}),
+    # As distilled models (Lightning, Hyper-SD) were made: the first step begins at pure noise.
+    "euler trailing": ("EulerDiscreteScheduler", {"timestep_spacing": "trailing"}),
+    "ddim trailing": ("DDIMScheduler", {"timestep_spacing": "trailing"}),
 }
 OWN = "model"
 """The name that means: the scheduler the model was published with."""

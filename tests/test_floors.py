@@ -26,7 +26,7 @@ FLOORS = (
     {"images", "hub", "checkpoints"},
     {"attention", "face", "restoration", "world"},
     {"conditions", "examples", "metadata", "look"},
-    {"economy"},
+    {"economy", "few_steps"},
     {"models", "lending", "memory", "schedulers"},
     {"denoise"},
     {"patch", "steering"},

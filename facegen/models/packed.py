@@ -17,6 +17,8 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
+from facegen.allocator import give_back
+
 Operator = Callable[..., Tensor]
 
 
@@ -79,6 +81,7 @@ class PackedConv2d(nn.Conv2d):
         laid = Laid(ordered, self.bias, place, version if kept else None)
         if not kept:
             del self._parameters["weight"]
+            _given_up(weight.nbytes)
         self.__dict__["_laid"] = laid
         return laid
 
@@ -119,6 +122,17 @@ class PackedConv2d(nn.Conv2d):
         return self.__dict__.copy()
 
 
+_freed = [0]  # bytes of weights given up since the allocator last returned what is free
+
+
+def _given_up(count: int) -> None:
+    """oneDNN's blocks begin at pages, so they do not fit into the holes that plain weights leave."""
+    _freed[0] += count
+    if _freed[0] > 2 << 20:
+        _freed[0] = 0
+        give_back()
+
+
 _TWINS: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: PackedLinear, nn.Conv2d: PackedConv2d}
 
 
@@ -136,6 +150,11 @@ def pack(*modules: nn.Module) -> None:
             twin = _TWINS.get(type(part))
             if twin is not None:
                 part.__class__ = twin
+
+
+def is_packed(network: nn.Module) -> bool:
+    """Whether a UNet or a ControlNet was packed."""
+    return type(getattr(network, "conv_in", None)) is PackedConv2d
 
 
 def unpack(*modules: nn.Module) -> None:

@@ -45,6 +45,7 @@ from facegen.conditions import (
 from facegen.errors import WrongBaseModel, WrongRequest
 from facegen.models import control
 from facegen.models.lora import Worn, fits, wearing
+from facegen.models.packed import is_packed
 
 if TYPE_CHECKING:
     from facegen.models.base import Model
@@ -436,8 +437,10 @@ class Prepared:
             )
         halves = 2 if self.guidance else 1
         with self.model.memory.using(net):
-            rows = image.to(next(net.parameters())).expand(self.batch, -1, -1, -1).repeat(halves, 1, 1, 1)
-            return control.hint(net, rows)
+            rows = image.to(next(net.parameters())).expand(self.batch, -1, -1, -1)
+            if is_packed(net):
+                return control.hint(net, rows).repeat(halves, 1, 1, 1)
+            return control.hint(net, rows.repeat(halves, 1, 1, 1))  # to the last bit as diffusers does it
 
     def prompt(self, condition: ControlCondition, text: Pair) -> tuple[Tensor, AttentionContext]:
         """What a ControlNet reads: tokens (R, L, D), and the keys and values that its layers make of them, once.

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from facegen.attention.processor import NOTHING, AttentionContext, FacegenAttention, attended, split_heads
 from facegen.attention.weights import add_low_rank
-from facegen.models.packed import PackedConv2d, PackedLinear
+from facegen.models.packed import PackedConv2d, PackedLinear, is_packed
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -113,7 +113,7 @@ _plans: WeakKeyDictionary[nn.Module, Plan | None] = WeakKeyDictionary()
 
 def plan(network: Any) -> Plan | None:
     """The network's layers, None for a network that is left to diffusers: not packed, or of other parts."""
-    if type(network.conv_in) is not PackedConv2d:
+    if not is_packed(network):
         return None
     if network not in _plans:
         try:

@@ -1,0 +1,62 @@
+"""Which scheduler, how many steps and how much guidance a distilled LoRA wants, told by its name.
+
+Such files do not say in their weights what they are; everybody goes by their names. Sources: the model cards of
+latent-consistency/lcm-lora-*, h1t/TCD-*-LoRA, ByteDance/SDXL-Lightning and ByteDance/Hyper-SD.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class FewSteps:
+    """scheduler: a name of facegen.schedulers; guidance: 1 is none."""
+
+    scheduler: str
+    steps: int
+    guidance: float = 1.0
+
+    def fields(self) -> dict[str, Any]:
+        """As fields of a request."""
+        return {
+            "scheduler": self.scheduler,
+            "num_inference_steps": self.steps,
+            "guidance_scale": self.guidance,
+        }
+
+
+def told_by(name: str | Path) -> FewSteps | None:
+    """By the name of a LoRA's file, or of its folder where the file is called as all are; None for any other LoRA."""
+    path = Path(name)
+    generic = path.stem in ("pytorch_lora_weights", "adapter_model", "model")
+    word = (path.parent.name if generic else path.stem).lower()
+    parts = re.split(r"[^a-z0-9]+", word)
+    said = re.search(r"(\d+)[-_ ]?steps?", word)
+    steps = int(said[1]) if said else None
+    if "lightning" in parts:
+        return FewSteps("euler trailing", steps or 4)
+    if "hyper" in parts:
+        if "cfg" in parts:
+            return FewSteps("ddim trailing", steps or 8, 5.0)
+        return FewSteps("tcd", 1) if steps == 1 else FewSteps("ddim trailing", steps or 8)
+    if "tcd" in parts:
+        return FewSteps("tcd", steps or 4)
+    if "lcm" in parts:
+        return FewSteps("lcm", steps or 4)
+    return None
+
+
+def wanted(loras: Mapping[str, Any] | Iterable[str]) -> FewSteps | None:
+    """What the first of these LoRAs wants that wants anything; one worn at strength 0 wants nothing."""
+    for name in loras:
+        if isinstance(loras, Mapping) and loras[name] == 0:
+            continue
+        found = told_by(name)
+        if found is not None:
+            return found
+    return None
