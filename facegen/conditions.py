@@ -190,12 +190,14 @@ class ControlCondition(Condition):
     embeds: Pair (2, B, L, D), the ControlNet's own context (InstantID's IdentityNet sees the identity tokens); None:
     the prompt.
     mask: (1, H, W), where its residuals act.
+    both: whether it steers both halves of guidance; else the conditional one alone, at half the work.
     """
 
     controlnet: nn.Module
     image: Tensor
     embeds: Pair | None = None
     mask: Tensor | None = None
+    both: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

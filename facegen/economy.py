@@ -18,6 +18,7 @@ class Economy:
     """guidance: the part of the run in which both halves are computed; outside it the conditional half alone.
 
     control: ControlNets stop after this part of the run, in [0, 1].
+    control_both: whether ControlNets steer both halves of guidance, or the conditional one alone.
     reuse: the whole UNet and the ControlNets run in every `reuse`-th step only; between them the outermost blocks run
     on fresh latents, and what lies deeper is taken over from the last whole step. 1: every step is whole.
     whole: in this first part of the run, where the face takes shape, every step is whole.
@@ -25,6 +26,7 @@ class Economy:
 
     guidance: Span = (0.0, 1.0)
     control: float = 1.0
+    control_both: bool = True
     reuse: int = 1
     whole: float = 0.0
 
@@ -45,11 +47,15 @@ class Economy:
         return index <= last or (index - last) % self.reuse == 0
 
     def shorten(self, conditions: Sequence[Condition]) -> list[Condition]:
-        """The conditions with ControlNets that stop in time."""
-        if self.control == 1.0:
+        """The conditions with ControlNets that stop in time, and steer the halves that they may."""
+        if self.control == 1.0 and self.control_both:
             return list(conditions)
         return [
-            replace(one, span=(min(one.span[0], self.control), min(one.span[1], self.control)))
+            replace(
+                one,
+                span=(min(one.span[0], self.control), min(one.span[1], self.control)),
+                both=one.both and self.control_both,
+            )
             if isinstance(one, ControlCondition)
             else one
             for one in conditions

@@ -112,6 +112,7 @@ def test_parts_are_left_out(model: Model, text: TextCondition, steered: ControlC
             Economy(guidance=(0.0, 0.5)): [[2, 2, 2, 1, 1, 1]] * 3,
             Economy(guidance=(0.5, 1.0)): [[1, 1, 1, 2, 2, 2]] * 3,
             Economy(control=0.5): [[2] * STEPS, [2] * STEPS, [2] * 3],
+            Economy(control_both=False): [[2] * STEPS, [2] * STEPS, [1] * STEPS],
             Economy(reuse=2): [[2] * 3, [2] * STEPS, [2] * 3],
             Economy(reuse=2, whole=0.5): [[2] * 4, [2] * STEPS, [2] * 4],  # steps 0, 1, 2 and 4
             # Guidance ends inside a stretch of short steps: they go on with the conditional half.
@@ -148,3 +149,38 @@ def test_the_pipeline_takes_the_preset(tiny_sd15: Path) -> None:
     pipe = GeneratePipeline.from_pretrained(tiny_sd15, speed="fast", packed=True)
     assert pipe.model.economy is PRESETS["fast"]
     assert type(pipe.model.unet.conv_in).__name__ == "PackedConv2d"
+
+
+def test_control_of_one_half_leaves_the_other_as_it_would_be_without(
+    model: Model, text: TextCondition, steered: ControlCondition
+) -> None:
+    x, t = torch.cat([draw(2, 1, 4, 8, 8)] * 2), torch.tensor(400)
+
+    def predicted(*conditions: Condition) -> Tensor:
+        with torch.no_grad(), model.prepare([text, *conditions], 1, True) as prepared:
+            return model.predict(x, t, prepared.throughout())
+
+    (half,) = Economy(control_both=False).shorten([steered])
+    found = predicted(half)
+    assert torch.allclose(found[:1], predicted()[:1], atol=1e-6)
+    assert torch.allclose(found[1:], predicted(steered)[1:], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("economy", "most"),
+    [
+        (Economy(guidance=(0.0, 0.7)), 0.5),
+        (Economy(control=0.7), 0.2),
+        (Economy(control_both=False), 1.5),
+        (Economy(reuse=2, whole=0.2), 0.5),
+        (PRESETS["fast"], 0.8),
+        (PRESETS["fastest"], 1.5),
+    ],
+)
+def test_what_is_left_out_changes_the_outcome_within_bounds(
+    model: Model, text: TextCondition, steered: ControlCondition, economy: Economy, most: float
+) -> None:
+    """Relative to the spread of the exact outcome; random weights change more from step to step than trained ones."""
+    exact = run(model, [text, steered], EXACT)
+    changed = (run(model, [text, steered], economy) - exact).abs().mean() / exact.std()
+    assert 0 < changed < most

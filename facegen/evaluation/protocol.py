@@ -22,7 +22,7 @@ from facegen.files import write_json
 
 if TYPE_CHECKING:
     from facegen.adapter import Adapter
-    from facegen.conditions import Condition
+    from facegen.conditions import Condition, LoraCondition
     from facegen.evaluation.judges import Judges
     from facegen.models.base import Model
     from facegen.world.parameters import Scenes
@@ -43,6 +43,7 @@ class Plan:
     guidance: float = 3.0
     seed: int = 0
     batch: int = 20
+    scheduler: str = "model"
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class Result:
 
 
 @dataclass(frozen=True, eq=False)
-class _Cast:
+class Cast:
     """The people: pictures (N, 3, H, W), their points (N, 5, 2), who they are by the judge (N, J)."""
 
     pictures: Tensor
@@ -139,55 +140,67 @@ def _measure(plan: Plan, judges: Judges, model: Model, adapters: dict[str, Adapt
     from facegen.world.sampling import HELD_OUT_FROM, scenes_for
 
     names = range(HELD_OUT_FROM, HELD_OUT_FROM + plan.people)
-    first = _drawn(judges, scenes_for(plan.seed, names, [0] * plan.people), model.default_size[0])
+    first = drawn(judges, scenes_for(plan.seed, names, [0] * plan.people), model.default_size[0])
     total, done = plan.people * plan.prompts * (1 + len(adapters)), 0
-    tallies = {name: _Tally(first.judged) for name in ("renders", *adapters)}
+    tallies = {name: Tally(first.judged) for name in ("renders", *adapters)}
     strangers: list[Tensor] = []
     for number in range(1, plan.prompts + 1):
         # What is asked is what another picture of the same person happens to show: always possible, never the same.
         scenes = scenes_for(plan.seed, names, [number] * plan.people)
         texts = captions_for(plan.seed, names, [number] * plan.people, scenes, subject="person")
-        second = _drawn(judges, scenes, model.default_size[0])
+        second = drawn(judges, scenes, model.default_size[0])
         tallies["renders"].add(judges, second.pictures, texts)
-        cosines = second.judged @ first.judged.T
-        strangers.append(cosines[~torch.eye(plan.people, dtype=torch.bool)])
+        strangers.append(apart(first, second))
         tell(done := done + plan.people, total)
         for name, adapter in adapters.items():
             for rows in torch.arange(plan.people).split(plan.batch):
                 seeds = [plan.seed + 1_000_003 * number + int(row) for row in rows]
                 asked = [texts[row] for row in rows.tolist()]
-                made = _generate(plan, model, adapter, first, rows, asked, seeds)
+                made = generate(plan, model, adapter, first, (rows, asked, seeds))
                 tallies[name].add(judges, made, asked, rows)
                 tell(done := done + len(rows), total)
-    apart = torch.cat(strangers)
-    threshold = float(torch.quantile(apart, 0.99))
+    cosines = torch.cat(strangers)
+    threshold = float(torch.quantile(cosines, 0.99))
     return Result(
         plan,
         tallies["renders"].row("renders (ceiling)", threshold),
-        float(apart.mean()),
+        float(cosines.mean()),
         threshold,
         tuple(tallies[name].row(name, threshold) for name in adapters),
     )
 
 
-def _drawn(judges: Judges, scenes: Scenes, size: int) -> _Cast:
+def apart(first: Cast, second: Cast) -> Tensor:
+    """The judge's cosines of all pairs of different people's pictures, (N·(N - 1),)."""
+    cosines = second.judged @ first.judged.T
+    return cosines[~torch.eye(len(cosines), dtype=torch.bool)]
+
+
+def drawn(judges: Judges, scenes: Scenes, size: int) -> Cast:
+    """The people of these scenes, drawn `size` pixels wide."""
     from facegen.world.render import render
 
     drawn = [render(scenes[rows], size) for rows in torch.arange(len(scenes)).split(20)]
     pictures = torch.cat([one.rgb for one in drawn])
     points = torch.cat([one.landmarks5 for one in drawn])
-    return _Cast(pictures, points, judges.embed(pictures, points))
+    return Cast(pictures, points, judges.embed(pictures, points))
 
 
-def _generate(
-    plan: Plan, model: Model, adapter: Adapter | None, cast: _Cast, rows: Tensor, texts: list[str], seeds: list[int]
+def generate(
+    plan: Plan,
+    model: Model,
+    adapter: Adapter | None,
+    cast: Cast,
+    asked: tuple[Tensor, list[str], list[int]],
+    loras: Sequence[LoraCondition] = (),
 ) -> Tensor:
-    """Pictures (B, 3, H, W), each from its own seed."""
+    """Pictures (B, 3, H, W): asked are the people's places in the cast, their prompts and their seeds."""
+    rows, texts, seeds = asked
     from facegen import schedulers
     from facegen.denoise import Guidance, denoise, noise
 
     height, width = model.default_size
-    conditions: list[Condition] = [model.encode_text(texts)]
+    conditions: list[Condition] = [model.encode_text(texts, loras=loras), *loras]
     host = model
     if adapter is not None:
         conditions += adapter.conditions_from_embeddings(
@@ -195,7 +208,7 @@ def _generate(
         )
         host = adapter.host(model)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    scheduler = schedulers.build("model", model.scheduler_config, plan.steps, device=model.device)
+    scheduler = schedulers.build(plan.scheduler, model.scheduler_config, plan.steps, device=model.device)
     start = noise(model.latent_shape(height, width), generators, device=model.device, dtype=model.dtype)
     latents = denoise(
         host, schedulers.start(scheduler, start), scheduler, conditions, Guidance(plan.guidance), generators
@@ -203,7 +216,7 @@ def _generate(
     return model.decode(latents).float().cpu()
 
 
-def _request(adapter: Adapter, cast: _Cast, rows: Tensor, texts: list[str], size: tuple[int, int]) -> Any:
+def _request(adapter: Adapter, cast: Cast, rows: Tensor, texts: list[str], size: tuple[int, int]) -> Any:
     from facegen.adapter import AdapterRequest
 
     control = None
@@ -215,7 +228,7 @@ def _request(adapter: Adapter, cast: _Cast, rows: Tensor, texts: list[str], size
     return AdapterRequest(height=size[0], width=size[1], prompt=texts, control=control)
 
 
-class _Tally:
+class Tally:
     """Counts of one way of making pictures."""
 
     def __init__(self, references: Tensor) -> None:

@@ -355,19 +355,22 @@ class Model(ABC):
         down: list[Tensor] | None = None
         mid: Tensor | None = None
         for condition, strength in now.of(ControlCondition):
-            net = condition.controlnet
+            net, idle = condition.controlnet, now.prepared.idle(condition)
             with self.memory.using(net):
                 like = next(net.parameters())
-                extra = {name: value.to(like) for name, value in added.items()}
+                extra = {name: value[idle:].to(like) for name, value in added.items()}
                 own_down, own_mid = control.residuals(
                     net,
-                    sample.to(like),
-                    timestep,
+                    sample[idle:].to(like),
+                    timestep[idle:] if timestep.ndim else timestep,
                     now.prepared.prompt(condition, now.text.embeds),
                     now.prepared.hint(condition),
                     extra,
-                    guidance=now.prepared.guidance,
+                    guidance=now.prepared.guidance and not idle,
                 )
+            if idle:
+                own_down = [_behind(state, idle) for state in own_down]
+                own_mid = _behind(own_mid, idle)
             own_down = [now.prepared.confined(state * strength, condition.mask).to(sample) for state in own_down]
             own_mid = now.prepared.confined(own_mid * strength, condition.mask).to(sample)
             down = own_down if down is None else [a + b for a, b in zip(down, own_down, strict=True)]
@@ -393,6 +396,11 @@ class Model(ABC):
             context = prepared.attention(now, size)._replace(record=seen)
             self._call(torch.cat([latents] * 2), timestep, now, context)
         return {index: state.unflatten(0, (2, batch)) for index, state in seen.items()}
+
+
+def _behind(state: Tensor, idle: int) -> Tensor:
+    """`idle` rows of nothing, and the state's behind them."""
+    return torch.cat([state.new_zeros(idle, *state.shape[1:]), state])
 
 
 class _strong:

@@ -435,21 +435,27 @@ class Prepared:
                 f"A control picture is for {image.shape[0]} pictures, but {self.batch} are made;"
                 f" give it 1 or {self.batch}."
             )
-        halves = 2 if self.guidance else 1
+        halves = 2 if self.guidance and condition.both else 1
         with self.model.memory.using(net):
             rows = image.to(next(net.parameters())).expand(self.batch, -1, -1, -1)
             if is_packed(net):
                 return control.hint(net, rows).repeat(halves, 1, 1, 1)
             return control.hint(net, rows.repeat(halves, 1, 1, 1))  # to the last bit as diffusers does it
 
+    def idle(self, condition: ControlCondition) -> int:
+        """How many rows, from the first, a ControlNet does not steer."""
+        return 0 if condition.both or not self.guidance else self.batch
+
     def prompt(self, condition: ControlCondition, text: Pair) -> tuple[Tensor, AttentionContext]:
         """What a ControlNet reads: tokens (R, L, D), and the keys and values that its layers make of them, once.
+
+        R: the rows that it steers, [u1 … uB, c1 … cB] or the conditional ones.
 
         In training they are left to the net, as the UNet's are; see `_text_keys`.
         """
         net, pair = condition.controlnet, condition.embeds if condition.embeds is not None else text
         backend = sdpa if self.backend is triton else self.backend
-        rows = self.rows(pair)
+        rows = self.rows(pair)[self.idle(condition) :]
         layers = control.layers(net)
         if torch.is_grad_enabled():
             return rows.to(next(net.parameters())), AttentionContext({}, backend)
