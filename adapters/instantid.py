@@ -31,7 +31,7 @@ from facegen.adapter import (
 from facegen.checkpoints import SAFE, Shapes, base_name, section
 from facegen.conditions import Condition, ControlCondition, TokenCondition
 from facegen.errors import PackageMissing, WeightsMissing, WrongRequest
-from facegen.models.clip import CLIP_WIDTHS
+from facegen.models.clip import CLIP_WIDTHS, FACE_WIDTH
 from facegen.models.control import load_controlnet
 from facegen.models.resampler import PerceiverSizes, Resampler
 from facegen.models.streams import Streams, dtype_of, initialise
@@ -62,11 +62,12 @@ class InstantID(Adapter):
 
     @classmethod
     def detect(cls, shapes: Shapes, file_name: str) -> bool:
-        # FaceID-Portrait-unnorm has the same keys and sizes, IP-Adapter-Plus the same keys; their names tell them.
-        reads = shapes.get("image_proj.proj_in.weight", (0, 0))[1] not in CLIP_WIDTHS
+        # FaceID-Portrait-unnorm has the same keys and sizes: only its name tells. IP-Adapter-Plus has the same keys and
+        # reads CLIP; where the width is neither CLIP's nor a recogniser's, its name tells.
+        reads = shapes.get("image_proj.proj_in.weight", (0, 0))[1]
         ours = "image_proj.latents" in shapes or "image_proj.proj_in.weight" in shapes
-        named = any(word in file_name for word in ("faceid", "plus"))
-        return ours and reads and not named and not any("_lora." in key for key in shapes)
+        named = "faceid" in file_name.lower() or ("plus" in file_name.lower() and reads != FACE_WIDTH)
+        return ours and reads not in CLIP_WIDTHS and not named and not any("_lora." in key for key in shapes)
 
     @classmethod
     def sizes(cls, shapes: Shapes, file_name: str) -> Mapping[str, int | str]:
@@ -236,6 +237,6 @@ def _load_controlnet(folder: Path, model: Model) -> ControlNetModel:
     if not (folder / "config.json").is_file() or not weight_files(folder):
         raise WeightsMissing(
             f"{folder} with IdentityNet (config.json, diffusion_pytorch_model.safetensors) is missing; InstantID needs"
-            " it beside ip-adapter.bin."
+            " it beside ip-adapter.bin (a FaceID-unnorm file has the same keys: let its name contain faceid)."
         )
     return load_controlnet(folder, model.unet)

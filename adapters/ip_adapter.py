@@ -35,7 +35,16 @@ from facegen.adapter import (
 from facegen.checkpoints import SAFE, Shapes, Tensors, base_name, section
 from facegen.conditions import Condition
 from facegen.errors import WrongRequest
-from facegen.models.clip import CLIP_WIDTHS, ClipView, Sight, centre, clip_pixels, fitting_clip
+from facegen.models.clip import (
+    CLIP_WIDTHS,
+    EXPRESSION_WIDTH,
+    FACE_WIDTH,
+    ClipView,
+    Sight,
+    centre,
+    clip_pixels,
+    fitting_clip,
+)
 from facegen.models.projections import LinearProjection, PatchProjection
 from facegen.models.resampler import PerceiverSizes, Resampler
 from facegen.models.streams import Streams, dtype_of, initialise
@@ -48,7 +57,6 @@ if TYPE_CHECKING:
 Variant = Literal["plain", "plus", "plus-face", "full-face"]
 Projector = LinearProjection | Resampler | PatchProjection
 
-EXPRESSION = 55  # numbers of a face's expression: such files belong to Arc2Face
 AIR = 2.0  # the cut-out face: so many times the distance from the eyes to the mouth, to each side of their middle
 
 
@@ -77,12 +85,14 @@ class IPAdapter(Adapter):
     def detect(cls, shapes: Shapes, file_name: str) -> bool:
         if not any(key.startswith("ip_adapter.") and key.endswith(".to_k_ip.weight") for key in shapes):
             return False
-        if any("_lora." in key for key in shapes) or "faceid" in file_name:
+        if any("_lora." in key for key in shapes):
             return False
-        plain = shapes.get("image_proj.proj.weight", (0, EXPRESSION))[1] != EXPRESSION
-        # InstantID has the same keys as Plus; it reads face embeddings, and its file is not called plus.
+        plain = shapes.get("image_proj.proj.weight", (0, EXPRESSION_WIDTH))[1] != EXPRESSION_WIDTH
+        # InstantID and FaceID-unnorm have the same keys as Plus but read face embeddings; a width that is neither
+        # CLIP's nor a recogniser's says nothing, so that the name must.
         reads = shapes.get("image_proj.proj_in.weight", (0, 0))[1]
-        plus = "image_proj.latents" in shapes and (reads in CLIP_WIDTHS or "plus" in file_name)
+        named = "plus" in file_name.lower() and "faceid" not in file_name.lower() and reads != FACE_WIDTH
+        plus = "image_proj.latents" in shapes and (reads in CLIP_WIDTHS or named)
         return plain or plus or "image_proj.proj.3.weight" in shapes
 
     @classmethod

@@ -39,7 +39,7 @@ from facegen.adapter import (
 from facegen.checkpoints import SAFE, Shapes, Tensors, base_name, section
 from facegen.conditions import Condition
 from facegen.errors import WrongAdapter, WrongRequest
-from facegen.models.clip import IMAGE_ENCODER, ClipView, load_clip
+from facegen.models.clip import CLIP_WIDTHS, EXPRESSION_WIDTH, IMAGE_ENCODER, ClipView, load_clip
 from facegen.models.projections import FacePlusProjection, FaceProjection, ProjectionSizes
 from facegen.models.resampler import PerceiverSizes, Resampler
 from facegen.models.streams import Streams, dtype_of, initialise
@@ -73,7 +73,9 @@ class IPAdapterFaceID(Adapter):
     @classmethod
     def detect(cls, shapes: Shapes, file_name: str) -> bool:
         mlp = "image_proj.proj.0.weight" in shapes and "image_proj.proj.3.weight" not in shapes
-        unnorm = "image_proj.latents" in shapes and "faceid" in file_name
+        mlp = mlp and shapes["image_proj.proj.0.weight"][1] != EXPRESSION_WIDTH
+        reads = shapes.get("image_proj.proj_in.weight", (0, 0))[1]
+        unnorm = "image_proj.latents" in shapes and "faceid" in file_name.lower() and reads not in CLIP_WIDTHS
         storymaker = any(key.startswith("image_proj_model.") for key in shapes)  # it has the same LoRA
         lora = not storymaker and any("_lora." in key and key.startswith("ip_adapter.") for key in shapes)
         return mlp or unnorm or lora

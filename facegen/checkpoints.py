@@ -28,6 +28,7 @@ Nested: TypeAlias = Mapping[str, "Tensor | Nested"]
 Net = TypeVar("Net", bound=nn.Module)
 
 SAFE = ".safetensors"
+LONGEST_HEADER = 100_000_000  # bytes, safetensors' own limit
 SUFFIXES = (SAFE, ".bin", ".pt", ".pth", ".ckpt")
 
 # Outermost first: basicsr's (the averaged weights before the others), Lightning's, DataParallel's.
@@ -52,6 +53,9 @@ _FOREIGN: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("CLIP image encoder", ("vision_model.",)),
     ("CLIP text encoder", ("token_embedding.weight",)),
     ("e4e encoder", ("encoder.input_layer.",)),
+    ("EVA-CLIP picture tower", ("visual.blocks.", "visual.patch_embed.proj.weight")),
+    ("TransFace recogniser", ("senet.0.weight", "pos_embed", "blocks.0.")),
+    ("RetinaFace detector", ("BboxHead.0.conv1x1.weight",)),
     ("face recogniser", ("layer1.0.bn1.weight", "fc.weight")),
     ("LoRA", ("lora_",)),
 )
@@ -63,7 +67,7 @@ def read(path: Path) -> Tensors:
     Raises WeightsMissing when there is no such file and CheckpointBroken when it is truncated, is no checkpoint,
     holds nothing, or holds NaN or infinite numbers.
     """
-    tensors = _flat_safetensors(path) if path.suffix == SAFE else mapped(path)
+    tensors = _flat_safetensors(path) if is_safe(path) else mapped(path)
     if not tensors:
         raise CheckpointBroken(f"{path} holds no tensors; fetch the file again.")
     for key, value in tensors.items():
@@ -74,10 +78,22 @@ def read(path: Path) -> Tensors:
 
 def shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor, without reading the numbers (the header of a safetensors file, a mapped pickle)."""
-    if path.suffix == SAFE:
+    if is_safe(path):
         with _open_safetensors(path) as file:
             return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
     return {key: tuple(value.shape) for key, value in flat(_unpickle(path))}
+
+
+def is_safe(path: Path) -> bool:
+    """Whether the file is in the safetensors format, by its first bytes; where they say nothing, by its name."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(9)
+    except OSError:
+        start = b""
+    if start[8:] == b"{" and int.from_bytes(start[:8], "little") < LONGEST_HEADER:
+        return True
+    return path.suffix == SAFE and not start.startswith((b"PK", b"\x80"))
 
 
 def mapped(path: Path) -> Tensors:
@@ -257,7 +273,9 @@ def content(path: Path) -> Any:
     _check_file(path)
     try:
         # The old pickle format (before torch 1.6) cannot be mapped.
-        with torch.serialization.safe_globals(_HARMLESS):
+        with torch.serialization.safe_globals(_HARMLESS), path.open("rb") as file:
+            if path.suffix == SAFE:  # misnamed: by its path torch would hand it to safetensors
+                return torch.load(file, map_location="cpu", weights_only=True)
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise CheckpointBroken(

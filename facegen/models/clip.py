@@ -25,6 +25,8 @@ IMAGE_ENCODER = "image_encoder"
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 CLIP_WIDTHS = (768, 1024, 1280, 1664)  # of patch tokens: what reads such looks at pictures, not at face embeddings
+FACE_WIDTH = 512  # of every published recogniser's embedding
+EXPRESSION_WIDTH = 55  # numbers of a face's expression: what reads such belongs to Arc2Face
 HEAD_WIDTH = 64  # of every published CLIP encoder but ViT-H's, whose configuration lies beside its weights
 
 

@@ -19,6 +19,7 @@ from facegen.errors import CheckpointBroken
 # diffusers' old names of the autoencoder's attention, which it still reads
 _OLD = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 _PREFIX = "text_model."
+SPARE = {"text_projection.weight", "logit_scale"}  # of a whole CLIP, which some text encoders were saved from
 
 
 def check(folder: Path, stem: str, variant: str, build: Callable[[Mapping[str, Any]], nn.Module]) -> None:
@@ -36,6 +37,8 @@ def check(folder: Path, stem: str, variant: str, build: Callable[[Mapping[str, A
     with torch.device("meta"):
         own = {_plain(key): value for key, value in build(config).state_dict().items()}
     given = {_plain(key): torch.empty(shape, device="meta") for key, shape in shapes.items() if not _needless(key)}
+    for key in SPARE - own.keys():
+        given.pop(key, None)
     checkpoints.check({key: value for key, value in own.items() if not _needless(key)}, given, path=folder)
 
 

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from facegen import checkpoints, hub
-from facegen.checkpoints import SAFE, Shapes, count
+from facegen.checkpoints import Shapes, count
 from facegen.errors import CheckpointBroken, WeightsMissing, WrongBaseModel
 from facegen.models import ldm_keys
 from facegen.models.ldm_keys import UNET, VAE, Names
@@ -309,7 +309,7 @@ def opened(path: Path) -> Iterator[tuple[dict[str, tuple[int, ...]], Reader, Map
 
     What training leaves in a file beside the model is left out. Raises CheckpointBroken.
     """
-    if path.suffix != SAFE:
+    if not checkpoints.is_safe(path):
         tensors = checkpoints.unwrapped(checkpoints.mapped(path))
         yield {key: tuple(value.shape) for key, value in tensors.items() if _wanted(key)}, tensors.__getitem__, {}
         return

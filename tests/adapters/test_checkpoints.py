@@ -160,3 +160,11 @@ def test_describe(shared: Path) -> None:
     instantid = describe(shared / "golden/instantid/checkpoints")
     assert (instantid.adapter, instantid.sizes["tokens"], instantid.tensors) == ("instantid", 16, 63)
     assert "64 wide" in instantid.base
+
+
+@pytest.mark.parametrize(("made", "called"), [("a.bin", "a.safetensors"), ("a.safetensors", "a.ckpt")])
+def test_the_format_follows_from_the_content(tmp_path: Path, made: str, called: str) -> None:
+    before = checkpoints.read(checkpoints.write(tmp_path / made, nested()))
+    renamed = (tmp_path / made).rename(tmp_path / called)
+    assert same(before, checkpoints.read(renamed))
+    assert checkpoints.shapes(renamed) == {key: tuple(value.shape) for key, value in before.items()}
