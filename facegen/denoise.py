@@ -86,7 +86,7 @@ def denoise(
         raise WrongRequest(f"There are {batch} pictures but {len(drawing)} generators.")
     extra = {"generator": drawing} if _draws(scheduler) else {}
     latents = latents.to(model.device)
-    economy = model.economy
+    economy = model.economy.over(total)
     conditions = economy.shorten(conditions)
     shortcut = Shortcut(model) if economy.reuse > 1 else None
     guided = [guidance.on and economy.guides(index, total) for index in range(total)]

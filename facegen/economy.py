@@ -22,6 +22,7 @@ class Economy:
     reuse: the whole UNet and the ControlNets run in every `reuse`-th step only; between them the outermost blocks run
     on fresh latents, and what lies deeper is taken over from the last whole step. 1: every step is whole.
     whole: in this first part of the run, where the face takes shape, every step is whole.
+    least: a run of fewer steps leaves nothing out; those of a distilled model are few, and each of them counts.
     """
 
     guidance: Span = (0.0, 1.0)
@@ -29,6 +30,7 @@ class Economy:
     control_both: bool = True
     reuse: int = 1
     whole: float = 0.0
+    least: int = 0
 
     def __post_init__(self) -> None:
         start, end = self.guidance
@@ -36,6 +38,10 @@ class Economy:
             raise WrongRequest(f"The parts of a run must lie in [0, 1] and in order, not {self}.")
         if self.reuse < 1:
             raise WrongRequest(f"Deep features can be reused in every 1st, 2nd, 3rd … step, not in every {self.reuse}.")
+
+    def over(self, total: int) -> Economy:
+        """What a run of `total` steps may leave out."""
+        return EXACT if total < self.least else self
 
     def guides(self, index: int, total: int) -> bool:
         """Whether both halves are computed in step `index` of `total`."""
@@ -65,8 +71,8 @@ class Economy:
 EXACT = Economy()
 PRESETS: Mapping[str, Economy] = {
     "exact": EXACT,
-    "fast": Economy(guidance=(0.0, 0.7), control=0.7, reuse=2, whole=0.2),
-    "fastest": Economy(guidance=(0.0, 0.4), control=0.4, reuse=4, whole=0.1),
+    "fast": Economy(guidance=(0.0, 0.7), control=0.7, reuse=2, whole=0.2, least=10),
+    "fastest": Economy(guidance=(0.0, 0.4), control=0.4, reuse=4, whole=0.1, least=10),
 }
 
 

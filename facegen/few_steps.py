@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+OWN = "lcm"
+"""The LoRA that a model may bring, as loras/lcm.safetensors beside its adapters; the fastest way wears it."""
+
 
 @dataclass(frozen=True)
 class FewSteps:

@@ -96,9 +96,20 @@ class Loading(Request):
     )  # fmt: skip
     packed: bool = switch(
         False,
-        "On a CPU: lay the weights out for its matrix units; faster, equal up to float32 rounding.",
+        "On a CPU: lay the weights out for its matrix units; faster, equal up to float32 rounding; so fast is, anyway.",
         advanced=True,
     )
+
+    compiled: bool = switch(
+        False,
+        "Compile UNet and ControlNets when they first run (minutes, for each size of picture): for GPUs.",
+        advanced=True,
+    )
+
+    @property
+    def packs(self) -> bool:
+        """Whether weights are packed: asked for, or nothing lost where the outcome is approximate anyway."""
+        return self.packed or self.speed != "exact"
     commercial_only: bool = switch(
         False, "Refuse weights that may not be used commercially, and those that work only with such.", advanced=True
     )
@@ -325,6 +336,7 @@ class Pipeline(ABC, Generic[R]):
         from facegen import hub
         from facegen.economy import preset
         from facegen.models.base import Model, locate
+        from facegen.models.compiled import compile_networks
         from facegen.models.packed import pack
 
         if loading.commercial_only:
@@ -338,8 +350,10 @@ class Pipeline(ABC, Generic[R]):
             tiling=loading.tiling,
         )
         model.economy = preset(loading.speed)
-        if loading.packed:
+        if loading.packs:
             pack(model.unet, model.vae, *model.text_encoders().values())
+        if loading.compiled:
+            compile_networks(model.unet)
         return cls(Loaded(model, loading, _weights_checksum(locate(loading.model)), _licence(loading.model)))
 
     @classmethod
@@ -366,10 +380,15 @@ class Pipeline(ABC, Generic[R]):
         from facegen import adapter as contract
 
         adapter, path = contract.load(source, self.model, commercial_only=self.loaded.loading.commercial_only)
-        if self.loaded.loading.packed:
+        if self.loaded.loading.packs:
             from facegen.models import packed
 
             packed.pack(adapter.modules(), adapter.host(self.model).unet)
+        if self.loaded.loading.compiled:
+            from facegen.models.compiled import compile_networks
+            from facegen.models.control import controlnets
+
+            compile_networks(adapter.host(self.model).unet, *controlnets(adapter.modules()))
         called = name or adapter.name
         if called in self.loaded.adapters and self.loaded.adapters[called].source != str(source):
             raise WrongRequest(f"An adapter called '{called}' is loaded already; give this one another name.")
@@ -489,6 +508,8 @@ class Pipeline(ABC, Generic[R]):
         """
         known = specs(type(request))
         values: dict[str, Any] = {}
+        if "loras" in known and not getattr(request, "loras", {}) and self._own_few_steps():
+            request = replace(request, **{"loras": {few_steps.OWN: 1.0}})  # noqa: PIE804 (R may lack the field)
         if "seed" in known and getattr(request, "seed", None) is None:
             values["seed"] = secrets.randbelow(2**31)
         if "adapters" in known:
@@ -505,6 +526,12 @@ class Pipeline(ABC, Generic[R]):
         resolved = replace(request, **values)
         self.worn_loras(getattr(resolved, "loras", {}))  # a file that cannot be worn is told of now
         return resolved
+
+    def _own_few_steps(self) -> bool:
+        """Whether the fastest way is asked for, and the model brings a LoRA for few steps."""
+        folder = self.loaded.assets
+        fastest = self.loaded.loading.speed == "fastest"
+        return fastest and folder is not None and (folder / "loras" / f"{few_steps.OWN}.safetensors").is_file()
 
     def _few_steps(self, request: R) -> dict[str, Any]:
         """Scheduler, steps and guidance as a distilled LoRA wants them, where the request has only their defaults."""

@@ -58,3 +58,21 @@ def test_a_pipeline_takes_what_is_left_open_from_the_lora(tiny_sd15: Path, tmp_p
     assert (own.scheduler, own.num_inference_steps, own.guidance_scale) == ("tcd", 6, 1.0)
     plain = pipe.resolve(pipe.request(None, {}))
     assert (plain.scheduler, plain.num_inference_steps) == ("model", 30)
+
+
+def test_the_fastest_way_wears_the_model_s_own(tiny_sd15: Path, tmp_path: Path) -> None:
+    from facegen.pipelines.generate import GeneratePipeline
+    from facegen.training.checkpoint import save_tensors
+    from facegen.training.distil import LowRankSet
+
+    (tmp_path / "pack").mkdir()  # what makes it a model that brings its own parts
+    (tmp_path / "base").symlink_to(tiny_sd15)
+    pipe = GeneratePipeline.from_pretrained(tmp_path, device="cpu", dtype="float32", speed="fastest")
+    assert pipe.resolve(pipe.request(None, {})).num_inference_steps == 30
+    lora = LowRankSet(pipe.model.unet, 2, torch.Generator().manual_seed(0))
+    (tmp_path / "loras").mkdir()
+    save_tensors(lora.tensors(), tmp_path / "loras" / "lcm.safetensors")
+    asked = pipe.resolve(pipe.request(None, {}))
+    assert (dict(asked.loras), asked.num_inference_steps, asked.scheduler) == ({"lcm": 1.0}, 4, "lcm")
+    exact = GeneratePipeline.from_pretrained(tmp_path, device="cpu", dtype="float32")
+    assert exact.resolve(exact.request(None, {})).num_inference_steps == 30

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from facegen import checkpoints
 from facegen.attention.processor import AttentionContext, AttentionLayer, install
 from facegen.errors import CheckpointBroken, WeightsMissing, WrongAdapter, WrongBaseModel
-from facegen.models import quick
+from facegen.models import compiled, quick
 
 if TYPE_CHECKING:
     from diffusers import ControlNetModel
@@ -34,6 +34,11 @@ def check(controlnet: nn.Module) -> None:
             f"{type(controlnet).__name__} is not a plain ControlNet; pass a diffusers ControlNetModel,"
             " one ControlCondition for each."
         )
+
+
+def controlnets(module: nn.Module) -> list[nn.Module]:
+    """The ControlNets inside a module."""
+    return [part for part in module.modules() if hasattr(part, "controlnet_cond_embedding")]
 
 
 def hint(controlnet: Any, image: Tensor) -> Tensor:
@@ -77,7 +82,7 @@ def residuals(
     if route is not None:
         found, x = quick.control(route, sample, quick.look(sample, emb, embeds, context, guidance), hint_embedding)
     else:
-        found, x = _walk(controlnet, sample, emb, prompt, hint_embedding)
+        found, x = compiled.form(controlnet, walk)(controlnet, sample, emb, prompt, hint_embedding)
     down = [layer(state) for state, layer in zip(found, controlnet.controlnet_down_blocks, strict=True)]
     mid = controlnet.controlnet_mid_block(x)
     if controlnet.config.global_pool_conditions:
@@ -100,7 +105,7 @@ def _embedding(controlnet: Any, sample: Tensor, steps: Tensor, context: Tensor, 
     return emb
 
 
-def _walk(
+def walk(
     controlnet: Any, sample: Tensor, emb: Tensor, prompt: tuple[Tensor, AttentionContext], hint_embedding: Tensor
 ) -> tuple[tuple[Tensor, ...], Tensor]:
     """diffusers' forward from the hint's embedding on: the skips' states and the middle's."""

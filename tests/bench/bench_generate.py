@@ -33,12 +33,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.bench.cases import CASES, SMALL, UNETS, Case, load
+from tests.bench.cases import CASES, SMALL, UNETS, Case, draw, load
 
 logger = logging.getLogger("bench_generate")
 
 ROOT = Path(__file__).resolve().parents[2]
-SIDES = ("diffusers", "facegen", "packed", "triton", "fast", "fastest")
+SIDES = ("diffusers", "facegen", "packed", "triton", "compiled", "fast", "fastest")
 SCALE, CONTROL = 0.6, 0.7
 
 
@@ -64,10 +64,11 @@ def facegen_side(setup: Setup, case: Case, side: str) -> Callable[[], Tensor]:
     """A function that makes the pictures' latents with facegen; side: how."""
     from facegen.attention.backends import BACKENDS
     from facegen.attention.weights import KV
-    from facegen.conditions import Condition, ControlCondition, TextCondition, TokenCondition
+    from facegen.conditions import Condition, ControlCondition, ReferenceCondition, TextCondition, TokenCondition
     from facegen.denoise import Guidance, denoise
     from facegen.economy import PRESETS
     from facegen.memory import MemoryPlan
+    from facegen.models.compiled import compile_networks
     from facegen.models.packed import pack
     from facegen.models.sd15 import SD15Model
     from facegen.models.sdxl import SDXLModel
@@ -94,7 +95,9 @@ def facegen_side(setup: Setup, case: Case, side: str) -> Callable[[], Tensor]:
                 kv.to_v.weight.data.copy_(person.weights[f"{layer.index}.to_v_ip.weight"])
                 layers[layer.index] = kv
         people.append((person, layers))
-    if device == "cpu" and side not in ("facegen", "triton"):
+    if side == "compiled":
+        compile_networks(model.unet, *([] if case.net is None else [case.net]))
+    elif device == "cpu" and side not in ("facegen", "triton"):
         pack(model.unet, *(one for one in (case.net, case.text_encoder) if one is not None))
 
     @torch.no_grad()
@@ -110,6 +113,9 @@ def facegen_side(setup: Setup, case: Case, side: str) -> Callable[[], Tensor]:
             conditions.append(TokenCondition(tokens=tokens, layers=layers, scale=SCALE, mask=person.mask))
         if case.net is not None and case.image is not None:
             conditions.append(ControlCondition(controlnet=case.net, image=case.image, scale=CONTROL))
+        for place in range(case.references):
+            seen = draw(90 + place, 1, *case.latents.shape[1:]).to(case.latents)
+            conditions.append(ReferenceCondition(states=model.reference_states(seen, 0, text)))
         return denoise(model, start(scheduler, case.latents), scheduler, conditions, Guidance(setup.guidance))
 
     return make
@@ -140,7 +146,7 @@ def diffusers_side(setup: Setup, case: Case, side: str) -> Callable[[], Tensor]:
             "proj.bias": torch.zeros(4 * width),
             "norm.weight": torch.zeros(width),
             "norm.bias": torch.zeros(width),
-        }
+        }  # of any size: the true ones are put in its place below
         blank = [""] * len(case.people)
         saved = [{"image_proj": head, "ip_adapter": person.weights} for person in case.people]
         pipe.load_ip_adapter(saved, subfolder=blank, weight_name=blank, image_encoder_folder=None)

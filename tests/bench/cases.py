@@ -110,6 +110,7 @@ class Case:
     people: tuple[Person, ...] = ()
     net: Any = None
     image: Tensor | None = None
+    references: int = 0
 
     @property
     def xl(self) -> bool:
@@ -148,6 +149,22 @@ def load(model: str, name: str, pictures: int, size: int | None, where: tuple[st
             net = _control_net(case.unet).to(device, dtype)
         image = draw(2, pictures, 3, case.side, case.side).sigmoid().to(device, dtype)
     return Case(**{**vars(case), "people": tuple(people), "net": net, "image": image})
+
+
+def crowd(
+    model: str, growth: tuple[int, int, int], pictures: int, size: int | None, where: tuple[str, torch.dtype]
+) -> Case:
+    """A case of so many people of so many tokens each, and so many references."""
+    people, tokens, references = growth
+    device, dtype = where
+    case = load(model, "text", pictures, size, where)
+    width = int(case.unet.config["cross_attention_dim"])
+    found = []
+    for place in range(people):
+        head = fill(_face_head(width, tokens).to(device), 10 + place).to(dtype)
+        embeds = torch.stack([torch.zeros(1, 512), draw(place, 1, 512)]).to(device, dtype)
+        found.append(Person(_weights(case.unet, 100 * place), head, embeds))
+    return Case(**{**vars(case), "people": tuple(found), "references": references})
 
 
 def _random(model: str, pictures: int, size: int | None, device: str, dtype: torch.dtype) -> Case:
@@ -204,10 +221,10 @@ def _folder(folder: Path, pictures: int, size: int | None, device: str, dtype: t
     )
 
 
-def _face_head(width: int) -> Any:
+def _face_head(width: int, tokens: int = 4) -> Any:
     from diffusers.models.embeddings import ImageProjection
 
-    return ImageProjection(cross_attention_dim=width, image_embed_dim=512, num_image_text_embeds=4)
+    return ImageProjection(cross_attention_dim=width, image_embed_dim=512, num_image_text_embeds=tokens)
 
 
 def _weights(unet: Any, seed: int) -> dict[str, Tensor]:

@@ -5,8 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from facegen.economy import PRESETS, Economy
+from facegen.errors import WrongRequest
 from tests.bench.bench_generate import Setup, compare, machine, table
+from tests.bench.bench_growth import Growth, lines, measure
+from tests.bench.bench_growth import table as growth_table
 from tests.bench.cases import SMALL, SMALL_XL
+from tests.bench.price import Features, unlike, way
 
 
 @pytest.mark.parametrize(("model", "case"), [(SMALL, "instantid"), (SMALL, "regions"), (SMALL_XL, "face")])
@@ -18,3 +23,33 @@ def test_every_exact_side_makes_diffusers_picture(model: str, case: str) -> None
     assert difference["facegen"] < 1e-6
     assert difference["packed"] < 1e-4
     assert table(rows, machine()).count(f"| {case} |") == 3
+
+
+def test_growth_is_measured_on_both_sides() -> None:
+    setup = Setup(SMALL, "face", 1, 1, None)
+    plain, crowded, seen = Growth(), Growth(people=2, tokens=8), Growth(references=1)
+    found = [(line, measure(setup, line, "facegen", 1)) for line in (plain, crowded, seen)]
+    assert [set(seconds) for _, seconds in found] == [{"facegen", "diffusers"}] * 2 + [{"facegen"}]
+    assert growth_table(setup, found, "facegen", machine()).count("| ") > 20
+    assert len(lines(64)) == 11
+
+
+def test_features_tell_pictures_apart() -> None:
+    from facegen.evaluation.judges import load_judges
+
+    features = Features(load_judges().parsing_net)
+    one = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    assert unlike(features, one, one) == 0.0
+    near, far = (one + 0.02).clamp(0, 1), one.flip(0)
+    assert 0 < unlike(features, one, near) < unlike(features, one, far)
+
+
+def test_ways_by_name() -> None:
+    assert way("fast", "mini").economy is PRESETS["fast"]
+    assert way("guidance 0-0.5", "mini").economy == Economy(guidance=(0.0, 0.5))
+    assert way("control-cond", "mini").economy == Economy(control_both=False)
+    assert way("steps 8", "mini").steps == 8
+    with pytest.raises(WrongRequest, match="neither a preset nor a LoRA"):
+        way("nonsense", "mini")
+    with pytest.raises(WrongRequest, match="no way"):
+        way("reuse often", "mini")
