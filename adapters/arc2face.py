@@ -58,6 +58,7 @@ POSE, EXPRESSION, REFERENCE = (
     "ref_adapter/pytorch_lora_weights.safetensors",
 )
 STRENGTHS: Mapping[str, Scale] = {"pose": 1.0, "expression": 1.0, "reference": 0.8}
+SMIRK = {"expression": 50, "eyelid": 2, "jaw": 3}
 OFFICIAL_EMBEDDING = 512
 OLD_PREFIX = "text_model."
 
@@ -284,6 +285,19 @@ class Arc2Face(Adapter):
             uncond = cond
         text = TextCondition(embeds=pair(uncond.expand_as(cond), cond))
         return [text, *self.further(text, model, request)]
+
+    @property
+    def knows(self) -> frozenset[str]:
+        there = {"normals": self.parts.pose, "expression": self.parts.expression, "reference": self.parts.reference}
+        return frozenset(name for name, part in there.items() if part is not None)
+
+    def expression_of(self, names: Mapping[str, float]) -> Tensor:
+        """SMIRK's numbers by name, the others 0: expression_0 … expression_49, eyelid_0, eyelid_1, jaw_0 … jaw_2."""
+        places = [f"{part}_{number}" for part, count in SMIRK.items() for number in range(count)]
+        for name in names:
+            if name not in places:
+                raise WrongRequest(f"{self.title} knows the expression by {places[0]} … {places[-1]}, not by {name!r}.")
+        return torch.tensor([[names.get(place, 0.0) for place in places]])
 
     def further(self, text: TextCondition, model: Model, request: AdapterRequest) -> list[Condition]:
         """What the parts that the request asks for add; WrongRequest for a part that is not there."""

@@ -24,6 +24,7 @@ from facegen.adapter import (
     Adapter,
     AdapterRequest,
     FaceLike,
+    Guest,
     ready,
     seen,
     stacked,
@@ -160,6 +161,7 @@ class PreciseControl(Adapter):
     needs = frozenset({"face", "points", "photo"})
     writes_prompt: ClassVar[bool] = True
     stand_in = "person"
+    together: ClassVar[int] = len(WORDS)
 
     def __init__(
         self, mapper: Mapper, model: Model, encoder: E4E | None = None, lora: LoraCondition | None = None
@@ -288,6 +290,15 @@ class PreciseControl(Adapter):
             scale = LORA_STRENGTH if request.scale is None else request.scale
             conditions.append(LoraCondition(layers=self.lora.layers, scale=scale))
         return conditions
+
+    def conditions_together(self, people: Sequence[Guest], request: AdapterRequest, model: Model) -> list[Condition]:
+        """See Adapter: the first person is `sks` in the prompt, the second `ks`."""
+        with torch.no_grad():
+            return self.conditions_of_people([self.gather(one.faces) for one in people], model, request)
+
+    @property
+    def knows(self) -> frozenset[str]:
+        return frozenset({"edits"})
 
     def encode(self, ids: Tensor, model: Model, codes: Sequence[Tensor], steps: Tensor) -> Tensor:
         """Prompts (B, L) with people's words, codes (1 or B, 18, D) at timesteps (1,) or (B,) -> (B, L, width)."""

@@ -191,10 +191,23 @@ class PuLID(Adapter):
     def modules(self) -> nn.Module:
         return nn.ModuleDict({ENCODER: self.encoder, STREAMS: self.streams})
 
+    @property
+    def knows(self) -> frozenset[str]:
+        return frozenset({"manner"})
+
+    def chosen(self, request: AdapterRequest) -> Manner:
+        """The manner that a request asks for by name, else the adapter's own; WrongRequest."""
+        if request.manner is None:
+            return self.manner
+        manners = MANNERS[self.version]
+        if request.manner not in manners:
+            raise WrongRequest(f"{self.title} has the manners {', '.join(manners)}, not {request.manner!r}.")
+        return manners[request.manner]
+
     def tokens(self, vectors: Tensor, views: Sequence[Tensor], guidance: bool = True) -> Tensor:
         """vectors (B, n, ArcFace ‖ EVA-CLIP) of n photos of a person, views 5 × (B, n, S, C) -> Pair (2, B, N, width).
 
-        N counts the zeros beside. In the other half the encoder reads one photo's zeros.
+        In the other half the encoder reads one photo's zeros.
         """
         cond = self._read(vectors, views)
         uncond = cond[:1]
@@ -202,8 +215,7 @@ class PuLID(Adapter):
             photos = 1 if isinstance(self.encoder, IDFormer) else vectors.shape[1]
             nothing = torch.zeros_like(vectors[:1, :photos])
             uncond = self._read(nothing, [torch.zeros_like(view[:1, :photos]) for view in views])
-        both = torch.stack([uncond.expand_as(cond), cond])
-        return F.pad(both, (0, 0, 0, self.manner.zeros))
+        return torch.stack([uncond.expand_as(cond), cond])
 
     def _read(self, vectors: Tensor, views: Sequence[Tensor]) -> Tensor:
         if isinstance(self.encoder, IDFormer):
@@ -217,13 +229,14 @@ class PuLID(Adapter):
         return torch.cat([each[:, 0], each[:, 1:, : self.encoder.own].flatten(1, 2)], dim=1)
 
     def conditions_from_tokens(self, tokens: Tensor, request: AdapterRequest | None = None) -> list[Condition]:
-        """What `tokens` gave, ready to act."""
+        """What `tokens` gave, ready to act: with the zeros beside them that the manner wants."""
         request = request or AdapterRequest()
+        manner = self.chosen(request)
         return [
             TokenCondition(
-                tokens=tokens,
+                tokens=F.pad(tokens, (0, 0, 0, manner.zeros)),
                 layers=self.streams.layers,
-                mix=self.manner.mix,
+                mix=manner.mix,
                 scale=self.strength if request.scale is None else request.scale,
                 span=request.acts(),
                 mask=request.mask,

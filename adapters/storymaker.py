@@ -22,6 +22,7 @@ from facegen.adapter import (
     Adapter,
     AdapterRequest,
     FaceLike,
+    Guest,
     SeenFace,
     beside_text,
     fused,
@@ -107,6 +108,7 @@ class StoryMaker(Adapter):
     pack = "buffalo_l"
     needs = frozenset({"face", "points", "photo"})
     strength = 0.8
+    together = PEOPLE
 
     def __init__(
         self, projector: PeopleProjection, streams: Streams, clip: ClipView, *, lora_scale: float = 0.8
@@ -262,6 +264,11 @@ class StoryMaker(Adapter):
         if request.clip is not None and request.body is not None:
             return request
         return self.views([Character(face=seen(faces, LOOK))], request)
+
+    def conditions_together(self, people: Sequence[Guest], request: AdapterRequest, model: Model) -> list[Condition]:
+        """See Adapter; the masks of the bodies and the clothes are looked at, too."""
+        characters = [Character(face=seen(one.faces, LOOK), mask=one.body, clothes=one.clothes) for one in people]
+        return self.people(characters, model, request)
 
     def people(
         self, characters: Sequence[Character], model: Model, request: AdapterRequest | None = None

@@ -190,6 +190,10 @@ class WPlus(Adapter):
             )
         ]
 
+    @property
+    def knows(self) -> frozenset[str]:
+        return frozenset({"edits"})
+
     def gather(self, faces: Sequence[FaceLike]) -> Tensor:
         """The mean code of the photos, (1, 18 · D)."""
         if self.encoder is None:

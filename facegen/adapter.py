@@ -44,6 +44,18 @@ class FaceLike(Protocol):
         ...
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Guest:
+    """One of several people that an adapter brings in together: photos, the first with their body and clothes.
+
+    body: (1, H, W) in [0, 1] over the first photo, None for a photo that shows nothing else; clothes: a picture.
+    """
+
+    faces: Sequence[FaceLike]
+    body: Tensor | None = None
+    clothes: Image.Image | None = None
+
+
 class SeenFace(FaceLike, Protocol):
     """A face together with its photo."""
 
@@ -76,7 +88,8 @@ class AdapterRequest:
 
     What a few adapters understand besides: edits: how far to go along named directions of StyleGAN (W+ adapter,
     PreciseControl: smile, age …); expression (B, 55), normals and reference (B, 3, H, W) in [0, 1]: see Arc2Face;
-    parts: strengths of such parts by name.
+    parts: strengths of such parts by name; manner: which of the adapter's ways to act (PuLID: fidelity, style, plain),
+    None for its own choice.
     """
 
     height: int = 512
@@ -98,6 +111,7 @@ class AdapterRequest:
     normals: Tensor | None = None
     reference: Tensor | None = None
     parts: Mapping[str, Scale] = field(default_factory=dict)
+    manner: str | None = None
 
     def acts(self, otherwise: Span = (0.0, 1.0)) -> Span:
         """The span asked for, else `otherwise`."""
@@ -109,6 +123,8 @@ class Adapter(ABC):
 
     name: the file's name, by which it is loaded; title: as people write it; pack: the face pack it was made for.
     needs: "face" (an embedding), "points" and "photo" (a SeenFace). writes_prompt: its conditions hold the prompt.
+    knows: which of AdapterRequest's edits, manner, expression, normals, reference it understands; together: how many
+    people it can bring into one picture by itself, see `conditions_together`.
     """
 
     name: ClassVar[str]
@@ -116,6 +132,11 @@ class Adapter(ABC):
     pack: ClassVar[str]
     needs: frozenset[str]
     writes_prompt: ClassVar[bool] = False
+    together: ClassVar[int] = 1
+
+    @property
+    def knows(self) -> frozenset[str]:
+        return frozenset()
 
     # --- files ----------------------------------------------------------------------------------------------------
 
@@ -206,6 +227,14 @@ class Adapter(ABC):
     def nets(self, model: Model) -> list[nn.Module]:
         """What makes conditions of faces, image encoders too: what `ready` and `Memory.keep` brought to the device."""
         return [one for one in _held(vars(self)) if model.memory.keeps(one)]
+
+    def conditions_together(self, people: Sequence[Guest], request: AdapterRequest, model: Model) -> list[Condition]:
+        """Several people as one, for adapters whose `together` is above 1. Raises WrongRequest."""
+        raise WrongRequest(f"{self.title} brings in one person at a time.")
+
+    def expression_of(self, names: Mapping[str, float]) -> Tensor:
+        """AdapterRequest.expression (1, n) from numbers by name, for adapters that know it. Raises WrongRequest."""
+        raise WrongRequest(f"{self.title} knows no expressions.")
 
     def gather(self, faces: Sequence[FaceLike]) -> Tensor:
         """Faces of one person -> embeddings (1, D) or (1, n, D); here fused into one."""

@@ -46,8 +46,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from facegen import metadata
-    from facegen.adapter import Adapter
-    from facegen.conditions import Condition, LoraCondition
+    from facegen.adapter import Adapter, AdapterRequest
+    from facegen.conditions import Condition, LoraCondition, TextCondition
     from facegen.denoise import Step
     from facegen.face.analyze import FaceAnalyzer
     from facegen.face.fuse import Fused
@@ -162,6 +162,21 @@ class PersonRequest(Request):
         " style.safetensors=down:0.5,mid:1,up:0.3, as kohya's list =lbw:1,0,….",
         parts=True, advanced=True,
     )  # fmt: skip
+    edits: Mapping[str, float] = strengths(
+        {}, "Edits of the face's code, where an adapter knows them (wplus, precisecontrol): smile=1.5 age=-1.",
+        low=-100, high=100, advanced=True,
+    )  # fmt: skip
+    manner: str | None = choice(
+        None, "PuLID: for the likeness, for the prompt's style, or plainly added; the adapter's own choice by default.",
+        ("fidelity", "style", "plain"), optional=True, advanced=True,
+    )  # fmt: skip
+    delay: float | None = number(
+        None, "Which share of the run is left to the prompt before the person comes in; the adapter's own by default.",
+        low=0, high=1, optional=True, advanced=True,
+    )  # fmt: skip
+    weighted: bool = switch(
+        False, "Read (word:1.3), (word) and [word] in the prompts as more or less weight, at any length.", advanced=True
+    )
     select: str = choice(
         "only", "Which face of a photo that shows several.", ("only", "largest", "central"), advanced=True
     )
@@ -696,15 +711,42 @@ class Pipeline(ABC, Generic[R]):
         """The pack that finds faces where no adapter says which it wants."""
         return self.loaded.pack or "buffalo_l"
 
-    def identity(self, person: Person | None, request: Any, size: tuple[int, int], **place: Any) -> list[Condition]:
+    def words(self, request: Any, loras: Sequence[LoraCondition] = ()) -> TextCondition:
+        """The request's prompt, for the text encoders that wear these LoRAs."""
+        return self.model.encode_text(
+            [request.prompt], request.negative_prompt or None, loras=loras, weighted=request.weighted
+        )
+
+    def identity(
+        self,
+        person: Person | None,
+        request: Any,
+        size: tuple[int, int],
+        names: Sequence[str] | None = None,
+        **place: Any,
+    ) -> list[Condition]:
         """The conditions of the request's adapters for this person; `size` is (height, width) of the picture.
 
-        place: more fields of an AdapterRequest: where in the picture the person is to be, and how strongly.
+        names: of its adapters these alone. place: more fields of an AdapterRequest: where in the picture the person is
+        to be, and how strongly.
+        """
+        if person is None:
+            return []
+        conditions: list[Condition] = []
+        for name, asked in self.wishes(request, size, **place).items():
+            if names is not None and name not in names:
+                continue
+            worn = self.loaded.adapters[name]
+            conditions += worn.adapter.conditions(person.kept(worn.pack), asked, self.model)
+        return conditions
+
+    def wishes(self, request: Any, size: tuple[int, int], **place: Any) -> dict[str, AdapterRequest]:
+        """What the request asks of each of its adapters, by name; see `identity`.
+
+        Raises WrongRequest for a strength of another adapter, and for what none of them knows.
         """
         from facegen.adapter import AdapterRequest
 
-        if person is None:
-            return []
         given = request.strength
         if isinstance(given, Mapping):
             for name in given:
@@ -712,8 +754,11 @@ class Pipeline(ABC, Generic[R]):
                     raise WrongRequest(
                         f"strength names '{name}', which does not act{suggestion(name, request.adapters)}."
                     )
+        for what in ("edits", "manner"):
+            if getattr(request, what) and not self.knowing(request.adapters, what):
+                raise WrongRequest(f"None of the adapters that act ({', '.join(request.adapters)}) knows {what}.")
         nothing_said = request.prompt == specs(type(request))["prompt"].default
-        conditions: list[Condition] = []
+        wishes = {}
         for name in request.adapters:
             worn = self.loaded.adapters[name]
             asked = AdapterRequest(
@@ -726,9 +771,29 @@ class Pipeline(ABC, Generic[R]):
                 control_scale=request.control_strength,
                 structure=request.structure,
                 guidance=request.guidance_scale > 1,
+                edits=request.edits,
+                manner=request.manner,
+                span=None if request.delay is None else (request.delay, 1.0),
             )
-            conditions += worn.adapter.conditions(person.kept(worn.pack), replace(asked, **place), self.model)
-        return conditions
+            wishes[name] = replace(asked, **place)
+        return wishes
+
+    def controlnet(self, folder: str) -> Any:
+        """A ControlNet in diffusers' folder format, loaded once. Raises WeightsMissing, WrongBaseModel."""
+        from facegen.models.control import load_controlnet
+
+        path = Path(folder).expanduser()
+        if str(path) not in self.loaded.controls:
+            net = load_controlnet(path, self.model.unet)
+            net.to(self.model.device, self.model.dtype).requires_grad_(False).eval()
+            self.model.memory.place(net)
+            self.loaded.controls[str(path)] = net
+        return self.loaded.controls[str(path)]
+
+    def knowing(self, adapters: Sequence[str], what: str) -> list[Adapter]:
+        """Those of the adapters that understand this field of an AdapterRequest."""
+        acting = [self.loaded.adapters[name].adapter for name in adapters]
+        return [one for one in acting if what in one.knows]
 
     def host(self, adapters: Sequence[str]) -> Model:
         """The model in which these adapters' conditions act: one of them may bring a UNet of its own."""
@@ -814,7 +879,7 @@ class Pipeline(ABC, Generic[R]):
         from facegen.patch import Run, repaint
 
         loras = self.worn_loras(request.loras)
-        prompt = self.model.encode_text([request.prompt], request.negative_prompt or None, loras=loras)
+        prompt = self.words(request, loras)
         run = Run(request.scheduler, request.num_inference_steps, Guidance(request.guidance_scale), request.change)
         batches = list(self.batches(request.num_images_per_prompt, request.batch_size, indices))
         total, done = sum(map(len, batches)), 0

@@ -30,6 +30,7 @@ CONTROL_KINDS = ("landmarks", "depth", "normals", "sketch")
 Photo = Any  # whatever facegen.images.load_rgb reads: a path, bytes, PIL picture, array, tensor; or "example:3"
 
 _KEY = "facegen"
+_PICTURES = ("mask", "body", "clothes")  # of a Person, besides the photos
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,13 +60,17 @@ class Person:
 
     photos: of this person, one or more. box: the part meant for them, x0, y0, x1, y1 as shares of width and height; or
     mask: a picture of the made one's size or shape, white where they go; neither: an equal column, from left to right.
-    strength: how strongly the adapters act, None for their own choice.
+    strength: how strongly the adapters act, None for their own choice. body: a mask over the first photo, white where
+    the person is; clothes: a picture of what they wear instead; both for adapters that look at more than faces
+    (storymaker).
     """
 
     photos: tuple[Photo, ...]
     box: tuple[float, float, float, float] | None = None
     mask: Photo | None = None
     strength: float | None = None
+    body: Photo | None = None
+    clothes: Photo | None = None
 
 
 def _field(**values: Any) -> Any:
@@ -282,7 +287,10 @@ def _check_person(name: str, spec: Spec, value: Any) -> Person:
     strength = value.strength
     if strength is not None:
         strength = _check_number(f"strength of {name}", dataclasses.replace(spec, low=0, high=3), strength)
-    return Person(photos=shown, box=_check_box(name, spec, value.box), mask=value.mask, strength=strength)
+    for part in ("body", "clothes"):
+        if getattr(value, part) is not None:
+            _check_photo(f"{part} of {name}", spec, getattr(value, part))
+    return dataclasses.replace(value, photos=shown, box=_check_box(name, spec, value.box), strength=strength)
 
 
 def _check_box(name: str, spec: Spec, value: Any) -> tuple[float, float, float, float] | None:
@@ -374,7 +382,7 @@ def to_json(request: Request, photo_record: Callable[[Photo], Any] = str) -> dic
                 {
                     "photos": [photo_record(photo) for photo in one.photos],
                     "box": one.box,
-                    "mask": None if one.mask is None else photo_record(one.mask),
+                    **{part: None if (own := getattr(one, part)) is None else photo_record(own) for part in _PICTURES},
                     "strength": one.strength,
                 }
                 for one in value
@@ -402,12 +410,12 @@ def from_json(request: type[R], values: Mapping[str, Any], photo_read: Callable[
 
 
 def _person_read(values: Mapping[str, Any], photo_read: Callable[[Any], Photo]) -> Person:
-    box, mask = values.get("box"), values.get("mask")
+    box = values.get("box")
     return Person(
         photos=tuple(photo_read(one) for one in values["photos"]),
         box=None if box is None else cast(tuple[float, float, float, float], tuple(box)),
-        mask=None if mask is None else photo_read(mask),
         strength=values.get("strength"),
+        **{part: photo_read(values[part]) for part in _PICTURES if values.get(part) is not None},
     )
 
 
@@ -422,7 +430,7 @@ def photos_of(request: Request) -> list[Photo]:
             found.append(value)
         elif spec.kind == "people":
             for one in value:
-                found += [*one.photos, *([] if one.mask is None else [one.mask])]
+                found += [*one.photos, *(own for part in _PICTURES if (own := getattr(one, part)) is not None)]
     return found
 
 
@@ -524,12 +532,12 @@ def _parse_person(name: str, typed: str) -> dict[str, Any]:
     found: dict[str, Any] = {"photos": ()}
     for word in shlex.split(typed):
         key, equals, value = word.partition("=")
-        if not equals or key not in ("box", "mask", "strength"):
+        if not equals or key not in ("box", "strength", *_PICTURES):
             found["photos"] += (word,)
         elif key == "box":
             found["box"] = tuple(_typed(f"box of {name}", float, one, "four numbers") for one in value.split(","))
         else:
-            found[key] = value if key == "mask" else _typed(f"strength of {name}", float, value, "a number")
+            found[key] = value if key in _PICTURES else _typed(f"strength of {name}", float, value, "a number")
     return found
 
 
@@ -538,7 +546,7 @@ def person_words(person: Person) -> str:
     words = [str(photo) for photo in person.photos]
     if person.box is not None:
         words.append("box=" + ",".join(f"{one:g}" for one in person.box))
-    words += [] if person.mask is None else [f"mask={person.mask}"]
+    words += [f"{part}={own}" for part in _PICTURES if (own := getattr(person, part)) is not None]
     words += [] if person.strength is None else [f"strength={person.strength:g}"]
     return shlex.join(words)
 

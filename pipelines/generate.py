@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 from facegen.errors import WrongMask, WrongRequest
 from facegen.pipeline import Painted, PersonRequest, Pipeline, Watch
 from facegen.request import CONTROL_KINDS as KINDS
+from facegen.request import Curve, Photo, choice, integer, number, people, photo, photos, specs, strengths, switch
 from facegen.request import Person as Asked
-from facegen.request import Photo, choice, integer, number, people, photo, strengths, switch
 
 if TYPE_CHECKING:
     import torch
+    from PIL import Image
     from torch import Tensor
 
+    from facegen.adapter import Guest
     from facegen.conditions import Condition, TextCondition
     from facegen.face.paste import Box
     from facegen.pipeline import Person
@@ -35,8 +37,8 @@ class GenerateRequest(PersonRequest):
         {}, "Changes by degrees, such as smile=0.6 age=-1, or two prompts of your own: 'more|less'=1.", low=-5, high=5
     )
     expression: Mapping[str, float] = strengths(
-        {}, "An expression by numbers, such as smile=0.8 brow_raise=0.5; the rest of the face is at rest.",
-        low=-1, high=1, advanced=True,
+        {}, "An expression by numbers, such as smile=0.8 brow_raise=0.5, or arc2face's own: jaw_0=0.3; else at rest.",
+        low=-10, high=10, advanced=True,
     )  # fmt: skip
     expression_from: Photo = photo("A photo, of anybody, whose expression is copied.", advanced=True)
     expression_strength: float = number(
@@ -51,6 +53,17 @@ class GenerateRequest(PersonRequest):
     geometry_strength: float = number(
         1.0, "How closely it is followed.", low=0, high=3, slider=(0, 2, 0.1), advanced=True
     )
+    controlnets: Mapping[str, Curve] = strengths(
+        {}, "Further ControlNets, folders in diffusers' format, each with a strength: depth=0.5.",
+        low=0, high=3, advanced=True,
+    )  # fmt: skip
+    control_images: tuple[Photo, ...] = photos("What these ControlNets follow, a picture each.", advanced=True)
+    image: Photo = photo("A picture to begin with instead of noise alone.", advanced=True)
+    change: float = number(
+        0.85, "How much of that picture goes: 1 all but its layout, near 0 hardly any.",
+        low=0.01, high=1, slider=(0.05, 1, 0.05), advanced=True,
+    )  # fmt: skip
+    where: Photo = photo("A picture, white where the person's adapters act; everywhere by default.", advanced=True)
     people: tuple[Asked, ...] = people(
         "Several people instead of faces: the photos of each and, if you like, the part of the picture they are in."
     )
@@ -84,7 +97,14 @@ class GenerateRequest(PersonRequest):
     def check(self) -> None:
         if self.people and self.faces:
             raise WrongRequest("faces are the photos of one person and people are several; give one of the two.")
-        for field in ("sliders", "expression", "pose"):
+        if len(self.controlnets) != len(self.control_images):
+            raise WrongRequest(
+                f"There are {len(self.controlnets)} controlnets but {len(self.control_images)} control_images; give"
+                " each its picture, in the same order."
+            )
+        if self.where is not None and self.people:
+            raise WrongRequest("Several people have a box or a mask each; leave out where.")
+        for field in ("sliders", "expression", "pose", "edits"):
             for name, strength in getattr(self, field).items():
                 if not isinstance(strength, (int, float)):
                     raise WrongRequest(f"{name} of {field} takes one number, not a curve.")
@@ -120,9 +140,9 @@ class GeneratePipeline(Pipeline[GenerateRequest]):
         size = self.size(request)
         who = self._cast(request, size)
         loras = self.worn_loras(request.loras)
-        prompt = self.model.encode_text([request.prompt], request.negative_prompt or None, loras=loras)
+        prompt = self.words(request, loras)
         # An adapter that writes the prompt itself comes after the plain prompt, and the last one counts.
-        shaped = [*self._expression(request, size), *self._geometry(request, size)]
+        shaped = [*self._expression(request, size), *self._geometry(request, size), *self._controlled(request, size)]
         everything = [prompt, *who.conditions, *shaped, *loras, *conditions]
         everything += self._slid(request, everything)
         model: Any = self.host(request.adapters)
@@ -161,14 +181,26 @@ class GeneratePipeline(Pipeline[GenerateRequest]):
 
         assert request.seed is not None
         generators = self.generators(request.seed, batch)
+        photo, change = None, 1.0
+        if request.image is not None:
+            change = request.change
+            if int(request.num_inference_steps * change) < 1:
+                raise WrongRequest(
+                    f"A change of {change:g} in {request.num_inference_steps} steps leaves no step; raise one of them."
+                )
+            photo = self.model.encode_image(self._fitted(request.image, size))
         scheduler = schedulers.build(
-            request.scheduler, self.model.scheduler_config, request.num_inference_steps, device=self.model.device
+            request.scheduler,
+            self.model.scheduler_config,
+            request.num_inference_steps,
+            strength=change,
+            device=self.model.device,
         )
         start = noise(self.model.latent_shape(*size), generators, device=self.model.device, dtype=self.model.dtype)
         looks = self._character(request, size, conditions, start)
         return denoise(
             model,
-            schedulers.start(scheduler, start),
+            schedulers.start(scheduler, start, None if photo is None else photo.expand_as(start)),
             scheduler,
             [*conditions, *looks],
             Guidance(request.guidance_scale),
@@ -180,7 +212,8 @@ class GeneratePipeline(Pipeline[GenerateRequest]):
 
     def size(self, request: Any) -> tuple[int, int]:
         """As ever; several people stand side by side where the width is left open."""
-        if not request.people or request.width is not None or request.isolation in (MASKS, NONE):
+        beside = request.people and not self._together(request)
+        if not beside or request.width is not None or request.isolation in (MASKS, NONE):
             return super().size(request)
         tall, wide = self.model.default_size
         grid = self.model.vae_factor * 2 ** (len(self.model.unet.config["block_out_channels"]) - 1)
@@ -192,14 +225,19 @@ class GeneratePipeline(Pipeline[GenerateRequest]):
             return super()._resolved_adapters(request)
         names = super()._resolved_adapters(replace(request, people=(), faces=request.people[0].photos))
         for name in names:
-            if self.loaded.adapters[name].adapter.writes_prompt and len(request.people) > 1:
-                raise WrongRequest(f"{name} writes the prompt, so it brings in one person only; use another adapter.")
+            adapter = self.loaded.adapters[name].adapter
+            if adapter.writes_prompt and len(request.people) > adapter.together:
+                raise WrongRequest(
+                    f"{name} writes the prompt, so it brings in {adapter.together} person only; use another adapter."
+                )
         return names
 
     def _cast(self, request: GenerateRequest, size: tuple[int, int]) -> _Cast:
         if not request.people:
             person = self.person(request.faces, request.select, request.adapters)
-            where = self._pose(request, size)
+            where = {**self._pose(request, size), **self._parts(request, size)}
+            if request.where is not None:
+                where["mask"] = _drawn(self.photo(request.where), size, "where")
             return _Cast(
                 () if person is None else (person,), conditions=tuple(self.identity(person, request, size, **where))
             )
@@ -209,15 +247,36 @@ class GeneratePipeline(Pipeline[GenerateRequest]):
         masks = [_mask(request.people, place, size, self.photo) for place in range(len(request.people))]
         homes = tuple(_home(mask) for mask in masks)
         own = self.model.default_size
-        if request.isolation == WINDOWS or (request.isolation == AUTO and (size[0] > own[0] or size[1] > own[1])):
+        together = self._together(request)
+        wide = request.isolation == AUTO and not together and (size[0] > own[0] or size[1] > own[1])
+        if request.isolation == WINDOWS or wide:
             return self._in_windows(request, size, everyone, homes)
         conditions: list[Condition] = []
         for asked, person, mask, home in zip(request.people, everyone, masks, homes, strict=True):
             place = _placed(asked, person, home)
             if request.isolation != NONE:
                 place["mask"] = mask
-            conditions += self.identity(person, request, size, **place)
+            alone = tuple(name for name in request.adapters if name not in together)
+            conditions += self.identity(person, request, size, alone, **place)
+        for name in together:
+            worn = self.loaded.adapters[name]
+            guests = [self._guest(one, who, worn.pack) for one, who in zip(request.people, everyone, strict=True)]
+            asked = self.wishes(request, size)[name]
+            conditions += worn.adapter.conditions_together(guests, asked, self.model)
         return _Cast(everyone, homes, tuple(conditions))
+
+    def _together(self, request: GenerateRequest) -> tuple[str, ...]:
+        """Those of the adapters that bring in several people as one."""
+        loaded = self.loaded.adapters
+        return tuple(name for name in request.adapters if name in loaded and loaded[name].adapter.together > 1)
+
+    def _guest(self, asked: Asked, person: Person, pack: str) -> Guest:
+        from facegen.adapter import Guest
+        from facegen.images import load_mask
+
+        faces = person.kept(pack)
+        body = None if asked.body is None else load_mask(asked.body, person.photos[0].size)
+        return Guest(faces=faces, body=body, clothes=None if asked.clothes is None else self.photo(asked.clothes))
 
     def _in_windows(
         self, request: GenerateRequest, size: tuple[int, int], everyone: tuple[Person, ...], homes: tuple[Box, ...]
@@ -250,11 +309,51 @@ class GeneratePipeline(Pipeline[GenerateRequest]):
             raise WrongRequest("A pose needs photos of a person and an adapter that follows keypoints, like instantid.")
         return {"points": posed_points(dict(request.pose), size)}
 
+    def _parts(self, request: GenerateRequest, size: tuple[int, int]) -> dict[str, Any]:
+        """What an adapter with parts of its own (Arc2Face) takes over: expression, a map of normals, a character."""
+        given: dict[str, Any] = {}
+        parts: dict[str, float] = {}
+
+        def take(part: str, field: str, value: Any) -> None:
+            given[part], strength = value, getattr(request, f"{field}_strength")
+            if strength != specs(type(request))[f"{field}_strength"].default:
+                parts["pose" if part == "normals" else part] = strength
+
+        if request.expression and (known := self.knowing(request.adapters, "expression")):
+            take("expression", "expression", known[0].expression_of(request.expression))
+        if request.geometry is not None and self._own_normals(request):
+            take("normals", "geometry", self._fitted(request.geometry, size))
+        if request.character is not None and self.knowing(request.adapters, "reference"):
+            take("reference", "character", self._fitted(request.character, size))
+        return {**given, "parts": parts} if given else {}
+
+    def _own_normals(self, request: GenerateRequest) -> bool:
+        return request.geometry_kind == "normals" and bool(self.knowing(request.adapters, "normals"))
+
+    def _fitted(self, picture: Photo, size: tuple[int, int]) -> Tensor:
+        """A picture cut to the shape of the made one, (1, 3, H, W) in [0, 1]."""
+        from PIL import ImageOps
+
+        from facegen.images import to_tensor
+
+        return to_tensor(ImageOps.fit(self.photo(picture), (size[1], size[0])))[None]
+
+    def _controlled(self, request: GenerateRequest, size: tuple[int, int]) -> list[Condition]:
+        from facegen.conditions import ControlCondition
+
+        pairs = zip(request.controlnets.items(), request.control_images, strict=True)
+        return [
+            ControlCondition(controlnet=self.controlnet(name), image=self._fitted(picture, size), scale=strength)
+            for (name, strength), picture in pairs
+        ]
+
     def _expression(self, request: GenerateRequest, size: tuple[int, int]) -> list[Condition]:
         from facegen.adapter import AdapterRequest
         from facegen.adapters.expression import Expression, coefficients
 
         if not (request.expression or request.expression_from is not None) or not request.expression_strength:
+            return []
+        if request.expression and self.knowing(request.adapters, "expression"):
             return []
         adapter = cast(Expression, self.control("expression"))
         if request.expression_from is None:
@@ -269,7 +368,7 @@ class GeneratePipeline(Pipeline[GenerateRequest]):
     def _geometry(self, request: GenerateRequest, size: tuple[int, int]) -> list[Condition]:
         from facegen.models.geometry import Geometry, read
 
-        if request.geometry is None or not request.geometry_strength:
+        if request.geometry is None or not request.geometry_strength or self._own_normals(request):
             return []
         picture = read(request.geometry_kind, self.photo(request.geometry), size)
         control = cast(Geometry, self.control(request.geometry_kind))
@@ -287,14 +386,10 @@ class GeneratePipeline(Pipeline[GenerateRequest]):
         self, request: GenerateRequest, size: tuple[int, int], conditions: Sequence[Condition], start: Tensor
     ) -> list[Condition]:
         """What lets the run look at another picture of the character."""
-        if request.character is None or request.character_strength == 0:
+        own = self.knowing(request.adapters, "reference")
+        if request.character is None or request.character_strength == 0 or own:
             return []
-        from PIL import ImageOps
-
-        from facegen.images import to_tensor
-
-        seen = ImageOps.fit(self.photo(request.character), (size[1], size[0]))
-        latents = self.model.encode_image(to_tensor(seen)[None])
+        latents = self.model.encode_image(self._fitted(request.character, size))
         return self._look(request, latents, conditions, start, request.character_strength)
 
     def _look(
@@ -419,20 +514,26 @@ class GeneratePipeline(Pipeline[GenerateRequest]):
 def _mask(everyone: Sequence[Asked], place: int, size: tuple[int, int], read: Any) -> Tensor:
     """The part (1, H, W) of a picture of this size (height, width) that is meant for a person."""
     import torch
+
+    one, (height, width) = everyone[place], size
+    if one.mask is not None:
+        return _drawn(read(one.mask), size, f"the mask of person {place + 1}")
+    x0, y0, x1, y1 = one.box or (place / len(everyone), 0.0, (place + 1) / len(everyone), 1.0)
+    mask = torch.zeros(1, height, width)
+    mask[:, round(y0 * height) : round(y1 * height), round(x0 * width) : round(x1 * width)] = 1
+    return mask
+
+
+def _drawn(picture: Image.Image, size: tuple[int, int], what: str) -> Tensor:
+    """A drawn mask at the size (height, width) of the picture that is made, (1, H, W)."""
     import torch.nn.functional as F
 
     from facegen.images import to_tensor
 
-    one, (height, width) = everyone[place], size
-    if one.mask is not None:
-        drawn = to_tensor(read(one.mask)).mean(0, keepdim=True)
-        mask = (F.interpolate(drawn[None], (height, width))[0] > 0.5).float()
-        if not bool(mask.any()):
-            raise WrongMask(f"The mask of person {place + 1} is empty; mark their part of the picture in white.")
-        return mask
-    x0, y0, x1, y1 = one.box or (place / len(everyone), 0.0, (place + 1) / len(everyone), 1.0)
-    mask = torch.zeros(1, height, width)
-    mask[:, round(y0 * height) : round(y1 * height), round(x0 * width) : round(x1 * width)] = 1
+    drawn = to_tensor(picture).mean(0, keepdim=True)
+    mask = (F.interpolate(drawn[None], size)[0] > 0.5).float()
+    if not bool(mask.any()):
+        raise WrongMask(f"{what[0].upper()}{what[1:]} is empty; mark that part of the picture in white.")
     return mask
 
 
