@@ -176,6 +176,12 @@ def fresh(model: Model, weights: Path) -> Callable[[str], Adapter]:
 
 
 @pytest.fixture
+def tailored(weights: Path) -> Callable[[str, Model], Adapter]:
+    """A small adapter by name, for a model of its own."""
+    return lambda name, model: make(name, model, weights)
+
+
+@pytest.fixture
 def photos() -> Callable[[int], Photo]:
     """photos(seed): the face of a person."""
     return photo
