@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from facegen import checkpoints
-from facegen.adapter import Adapter, AdapterRequest, halves, ready, refuse, trainable, unit, with_zeros
+from facegen.adapter import Adapter, AdapterRequest, given, halves, ready, refuse, trainable, with_zeros
 from facegen.attention.processor import install
 from facegen.checkpoints import SAFE, Shapes, base_name, section
 from facegen.conditions import (
@@ -42,6 +42,7 @@ from facegen.models.lora import load_lora
 from facegen.models.projections import FaceProjection, LinearProjection
 from facegen.models.streams import Streams, dtype_of
 from facegen.models.text import each, rewriting, single_token
+from facegen.preprocessing import preprocessing
 
 if TYPE_CHECKING:
     from diffusers import ControlNetModel, UNet2DConditionModel
@@ -135,7 +136,8 @@ class Arc2Face(Adapter):
 
     name = "arc2face"
     title = "Arc2Face"
-    pack = "antelopev2"
+    sees = preprocessing("arc2face")
+    pack = sees.pack
     needs = frozenset({"face"})
     writes_prompt: ClassVar[bool] = True
 
@@ -364,7 +366,7 @@ class Arc2Face(Adapter):
         if embeddings is None:
             hidden: Tensor = self.encoder(ids).last_hidden_state
             return hidden
-        vectors = unit(embeddings).to(ids.device)
+        vectors = given(embeddings, self.sees).to(ids.device)
         vectors = nn.functional.pad(vectors, (0, self.encoder.config.hidden_size - vectors.shape[-1]))
 
         def replace(looked_up: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ from facegen.conditions import Condition, GatedSelf, TokenCondition
 from facegen.errors import CheckpointBroken, WrongBaseModel, WrongRequest
 from facegen.models.resampler import PerceiverSizes, Resampler, by_photo
 from facegen.models.streams import dtype_of, initialise
+from facegen.preprocessing import preprocessing
 
 if TYPE_CHECKING:
     from facegen.models.base import Model
@@ -54,7 +55,8 @@ class FaceChainFACT(Adapter):
 
     name = "facechain_fact"
     title = "FaceChain-FACT"
-    pack = "buffalo_l"  # only to find the face
+    sees = preprocessing("facechain_fact")
+    pack = sees.pack  # only to find the face
     needs = frozenset({"face", "points", "photo"})
     strength = 0.5
     cfg_face = True
@@ -180,8 +182,9 @@ class FaceChainFACT(Adapter):
 
         why = "FaceChain-FACT looks at the photo; give one, not an embedding alone."
         photos = [seen([face], why) for face in faces]
-        crops = [torch.tensor(np.asarray(norm_crop(photo.image, photo.points))) for photo in photos]
-        pixels = torch.stack(crops).permute(0, 3, 1, 2).float() / 127.5 - 1  # (n, 3, 112, 112)
+        view = self.sees.sight
+        crops = [torch.tensor(np.asarray(norm_crop(photo.image, photo.points, view.side))) for photo in photos]
+        pixels = view.normal(torch.stack(crops).permute(0, 3, 1, 2).float() / 255)  # (n, 3, 112, 112)
         tokens: Tensor = self.encoder(pixels.to(*dtype_of(self.encoder)))
         return tokens[None]
 

@@ -33,6 +33,7 @@ from facegen.errors import CheckpointBroken, WrongRequest
 from facegen.models.clip import ClipView, Sight, centre, clip_pixels, fitting_clip
 from facegen.models.resampler import PerceiverSizes, Resampler
 from facegen.models.streams import Streams, dtype_of, initialise
+from facegen.preprocessing import preprocessing
 
 if TYPE_CHECKING:
     from facegen.models.base import Model
@@ -52,7 +53,8 @@ class IDAnimator(Adapter):
 
     name = "id_animator"
     title = "ID-Animator"
-    pack = "buffalo_l"  # only to find the face
+    sees = preprocessing("id_animator")
+    pack = sees.pack  # only to find the face
     needs = frozenset({"face", "points", "photo"})
     strength = 0.8
 
@@ -158,7 +160,9 @@ class IDAnimator(Adapter):
         from facegen.face.align import norm_crop
 
         photos = [seen([face], f"{self.title} looks at the photo; give one, not an embedding alone.") for face in faces]
-        crops = [Image.fromarray(np.asarray(norm_crop(photo.image, photo.points))) for photo in photos]
+        crops = [
+            Image.fromarray(np.asarray(norm_crop(photo.image, photo.points, self.sees.sight.side))) for photo in photos
+        ]
         return self.sight.features(torch.cat([clip_pixels(centre(crop, clip.size)) for crop in crops]))[None]
 
 

@@ -35,6 +35,7 @@ from facegen.models.clip import CLIP_WIDTHS, FACE_WIDTH
 from facegen.models.control import load_controlnet
 from facegen.models.resampler import PerceiverSizes, Resampler
 from facegen.models.streams import Streams, dtype_of, initialise
+from facegen.preprocessing import preprocessing
 
 if TYPE_CHECKING:
     from diffusers import ControlNetModel
@@ -51,7 +52,8 @@ class InstantID(Adapter):
 
     name = "instantid"
     title = "InstantID"
-    pack = "antelopev2"
+    sees = preprocessing("instantid")
+    pack = sees.pack
     needs = frozenset({"face", "points", "photo"})
     strength = 0.8
 

@@ -48,6 +48,7 @@ from facegen.models.clip import (
 from facegen.models.projections import LinearProjection, PatchProjection
 from facegen.models.resampler import PerceiverSizes, Resampler
 from facegen.models.streams import Streams, dtype_of, initialise
+from facegen.preprocessing import preprocessing
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -69,7 +70,8 @@ class IPAdapter(Adapter):
 
     name = "ip_adapter"
     title = "IP-Adapter"
-    pack = "buffalo_l"  # only to find the face
+    sees = preprocessing("ip_adapter")
+    pack = sees.pack  # only to find the face
     needs = frozenset({"face", "points", "photo"})
     strength = 1.0
 

@@ -28,12 +28,12 @@ from facegen.adapter import (
     FaceLike,
     beside_text,
     fused,
+    given,
     halves,
     ready,
     seen,
     stacked,
     trainable,
-    unit,
     with_zeros,
 )
 from facegen.checkpoints import SAFE, Shapes, Tensors, base_name, section
@@ -43,6 +43,7 @@ from facegen.models.clip import CLIP_WIDTHS, EXPRESSION_WIDTH, IMAGE_ENCODER, Cl
 from facegen.models.projections import FacePlusProjection, FaceProjection, ProjectionSizes
 from facegen.models.resampler import PerceiverSizes, Resampler
 from facegen.models.streams import Streams, dtype_of, initialise
+from facegen.preprocessing import preprocessing
 
 if TYPE_CHECKING:
     from facegen.models.base import Model
@@ -56,7 +57,8 @@ class IPAdapterFaceID(Adapter):
 
     name = "ip_adapter_faceid"
     title = "IP-Adapter-FaceID"
-    pack = "buffalo_l"
+    sees = preprocessing("ip_adapter_faceid")
+    pack = sees.pack
     needs = frozenset({"face"})
     strength = 1.0
 
@@ -109,7 +111,7 @@ class IPAdapterFaceID(Adapter):
         projector = _projector(variant, section(tensors, "image_proj"), file)
         clip = None
         if isinstance(projector, FacePlusProjection):
-            clip = ClipView(load_clip(file.parent))
+            clip = ClipView(load_clip(file.parent), bgr=cls.sees.sight.channels == "bgr")
             wanted = projector.perceiver_resampler.sizes.context
             if clip.width != wanted:
                 raise WrongAdapter(
@@ -175,9 +177,8 @@ class IPAdapterFaceID(Adapter):
         request = request or AdapterRequest()
         self.check_embeddings(embeddings)
         inputs = embeddings if embeddings.ndim == 3 else embeddings[:, None]  # (B, n, D)
-        if self.variant != "unnorm":
-            inputs = unit(inputs)
-        inputs = with_zeros(inputs.to(*dtype_of(self.projector)), request.guidance)
+        sees = preprocessing("ip_adapter_faceid_unnorm") if self.variant == "unnorm" else self.sees
+        inputs = with_zeros(given(inputs, sees).to(*dtype_of(self.projector)), request.guidance)
         if not isinstance(self.projector, FacePlusProjection):
             return halves(self.projector(inputs), request.guidance)
         assert self.clip is not None, "Plus variants are made with a CLIP encoder"

@@ -27,6 +27,7 @@ from facegen.models.resampler import PerceiverSizes
 from facegen.models.sdxl import SDXLModel
 from facegen.models.stacked_id import FaceReader, StackedID
 from facegen.models.streams import dtype_of, initialise
+from facegen.preprocessing import preprocessing
 
 if TYPE_CHECKING:
     from transformers import CLIPVisionConfig
@@ -67,7 +68,8 @@ class PhotoMaker(Adapter):
 
     name = "photomaker"
     title = "PhotoMaker"
-    pack = "buffalo_l"
+    sees = preprocessing("photomaker")
+    pack = sees.pack
     needs = frozenset({"face", "points", "photo"})
     writes_prompt: ClassVar[bool] = True
 

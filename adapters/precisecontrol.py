@@ -40,6 +40,7 @@ from facegen.models.directions import Directions
 from facegen.models.lora import fits
 from facegen.models.streams import dtype_of, initialise
 from facegen.models.text import each, rewriting, single_token
+from facegen.preprocessing import preprocessing
 
 if TYPE_CHECKING:
     from facegen.models.base import Model
@@ -157,7 +158,8 @@ class PreciseControl(Adapter):
 
     name = "precisecontrol"
     title = "PreciseControl"
-    pack = "buffalo_l"  # only to find the face; who it is, e4e sees
+    sees = preprocessing("precisecontrol")
+    pack = sees.pack  # only to find the face; who it is, e4e sees
     needs = frozenset({"face", "points", "photo"})
     writes_prompt: ClassVar[bool] = True
     stand_in = "person"
@@ -318,9 +320,10 @@ class PreciseControl(Adapter):
         if self.encoder is None:
             return stacked(faces).mean(dim=1)
         photos = [seen([face], f"{self.title} looks at the photo; give one.") for face in faces]
-        crops = [torch.tensor(np.asarray(ffhq_crop(photo.image, photo.points, 512))) for photo in photos]
-        pixels = torch.stack(crops).permute(0, 3, 1, 2).float() / 127.5 - 1  # (n, 3, 512, 512)
-        small = F.interpolate(pixels, size=256, mode="bilinear")
+        view = self.sees.sight
+        crops = [torch.tensor(np.asarray(ffhq_crop(photo.image, photo.points, view.side))) for photo in photos]
+        pixels = torch.stack(crops).permute(0, 3, 1, 2).float() / 255  # (n, 3, 512, 512)
+        small = F.interpolate(view.normal(pixels), size=view.seen, mode="bilinear")
         codes = self.encoder(small.to(next(self.encoder.parameters()).device))
         return codes.flatten(1).mean(dim=0, keepdim=True)
 

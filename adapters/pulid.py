@@ -24,11 +24,11 @@ from facegen.adapter import Adapter, AdapterRequest, FaceLike, SeenFace, ready, 
 from facegen.checkpoints import SAFE, Shapes, Tensors, base_name, section
 from facegen.conditions import Condition, Mix, TokenCondition
 from facegen.errors import CheckpointBroken, FacegenError, WeightsMissing, WrongAdapter, WrongBaseModel, WrongRequest
-from facegen.models.clip import CLIP_MEAN, CLIP_STD
 from facegen.models.eva import FILE as EVA_FILE
 from facegen.models.eva import EvaTower
 from facegen.models.id_tokens import IDEncoder, IDFormer, TokenSizes
 from facegen.models.streams import Streams, dtype_of, initialise
+from facegen.preprocessing import preprocessing
 
 if TYPE_CHECKING:
     from facegen.face.parsing import Parser
@@ -68,7 +68,8 @@ class PuLID(Adapter):
 
     name = "pulid"
     title = "PuLID"
-    pack = "antelopev2"
+    sees = preprocessing("pulid")
+    pack = sees.pack
     needs = frozenset({"face", "points", "photo"})
     strength = 0.8
     blend = False
@@ -315,8 +316,7 @@ def grey_face(face: SeenFace, parser: Parser, size: int) -> Tensor:
     grey = (crop * torch.tensor(GREY).view(1, 3, 1, 1)).sum(dim=1, keepdim=True).expand(-1, 3, -1, -1)
     pixels = torch.where(parser.mask(crop, ASIDE).bool(), torch.ones_like(crop), grey)
     small = F.interpolate(pixels, (size, size), mode="bicubic", align_corners=False)
-    mean, deviation = (torch.tensor(value).view(1, 3, 1, 1) for value in (CLIP_MEAN, CLIP_STD))
-    return (small - mean) / deviation
+    return PuLID.sees.sight.normal(small)
 
 
 def _streams(tensors: Tensors, model: Model, file: Path) -> Streams:

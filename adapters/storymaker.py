@@ -26,11 +26,11 @@ from facegen.adapter import (
     SeenFace,
     beside_text,
     fused,
+    given,
     halves,
     ready,
     seen,
     trainable,
-    unit,
     with_zeros,
 )
 from facegen.checkpoints import SAFE, Shapes, base_name, section
@@ -40,6 +40,7 @@ from facegen.models.clip import IMAGE_ENCODER, ClipView, clip_pixels, load_clip
 from facegen.models.projections import FacePlusProjection, ProjectionSizes
 from facegen.models.resampler import PerceiverSizes, Resampler
 from facegen.models.streams import PARTS, Streams, dtype_of, initialise
+from facegen.preprocessing import preprocessing
 
 if TYPE_CHECKING:
     from facegen.attention.weights import LowRank
@@ -105,7 +106,8 @@ class StoryMaker(Adapter):
 
     name = "storymaker"
     title = "StoryMaker"
-    pack = "buffalo_l"
+    sees = preprocessing("storymaker")
+    pack = sees.pack
     needs = frozenset({"face", "points", "photo"})
     strength = 0.8
     together = PEOPLE
@@ -236,7 +238,7 @@ class StoryMaker(Adapter):
         self.check_embeddings(embeddings)
         if request.clip is None or request.body is None:
             raise WrongRequest("StoryMaker needs the photo of the person, not its embedding alone.")
-        people = unit(embeddings if embeddings.ndim == 3 else embeddings[:, None])  # (B, P, D)
+        people = given(embeddings if embeddings.ndim == 3 else embeddings[:, None], self.sees)  # (B, P, D)
         batch, count = people.shape[:2]
         most = self.projector.pos_embed.shape[0]
         if count > most:

@@ -38,6 +38,7 @@ from facegen.face.parsing import Parser
 from facegen.images import to_tensor
 from facegen.models.directions import Directions
 from facegen.models.streams import Streams, dtype_of, initialise
+from facegen.preprocessing import preprocessing
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -82,7 +83,8 @@ class WPlus(Adapter):
 
     name = "wplus"
     title = "W+ adapter"
-    pack = "buffalo_l"  # only to find the face; who it is, e4e sees
+    sees = preprocessing("wplus")
+    pack = sees.pack  # only to find the face; who it is, e4e sees
     needs = frozenset({"face", "points", "photo"})
     strength = 1.0
 
@@ -199,19 +201,22 @@ class WPlus(Adapter):
         if self.encoder is None:
             return stacked(faces).mean(dim=1)
         photos = [seen([face], "The W+ adapter looks at the photo; give one.") for face in faces]
-        pixels = torch.stack([self.view(ffhq_crop(photo.image, photo.points, 512)) for photo in photos])
+        pixels = torch.stack(
+            [self.view(ffhq_crop(photo.image, photo.points, self.sees.sight.side)) for photo in photos]
+        )
         codes = self.encoder(pixels.to(next(self.encoder.parameters()).device))
         return codes.flatten(1).mean(dim=0, keepdim=True)
 
     def view(self, crop: Image.Image) -> Tensor:
         """An aligned face of 512 pixels as e4e sees it, (3, 256, 256) in [-1, 1]: white behind the person."""
-        pixels = to_tensor(crop.resize((256, 256), Resampling.BICUBIC)) * 2 - 1
+        seen = (self.sees.sight.seen, self.sees.sight.seen)
+        pixels = self.sees.sight.normal(to_tensor(crop.resize(seen, Resampling.BICUBIC)))
         if self.parser is None:
             return pixels
         import cv2  # type: ignore[import-not-found, unused-ignore]
 
         behind = self.parser.mask(to_tensor(crop)[None], BEHIND)[0, 0].numpy().astype(np.uint8) * 255
-        soft = fromarray(cv2.GaussianBlur(behind, (5, 5), 0)).resize((256, 256), Resampling.BICUBIC)
+        soft = fromarray(cv2.GaussianBlur(behind, (5, 5), 0)).resize(seen, Resampling.BICUBIC)
         mask = torch.from_numpy(np.array(soft, np.float32)) / 255
         return pixels * (1 - mask) + mask
 

@@ -24,6 +24,7 @@ from facegen.checkpoints import Shapes
 from facegen.conditions import Condition, Scale, Span, TokenCondition
 from facegen.errors import CheckpointBroken, FacegenError, WeightsMissing, WrongAdapter, WrongRequest
 from facegen.models.streams import Streams
+from facegen.preprocessing import Preprocessing
 
 if TYPE_CHECKING:
     import numpy as np
@@ -285,6 +286,11 @@ def seen(faces: Sequence[FaceLike], why: str) -> SeenFace:
 def unit(embeddings: Tensor) -> Tensor:
     """L2-normalised in float32; zero rows stay zero."""
     return nn.functional.normalize(embeddings.float(), dim=-1).to(embeddings.dtype)
+
+
+def given(embeddings: Tensor, sees: Preprocessing) -> Tensor:
+    """RAW embeddings as the system was published to read them: as they are, or L2-normalised."""
+    return unit(embeddings) if sees.embedding == "unit" else embeddings
 
 
 def with_zeros(embeddings: Tensor, guidance: bool) -> Tensor:

@@ -22,7 +22,7 @@ FOLDERS = {
 # From the ground up. A module may import from its own floor and from those below.
 FLOORS = (
     {"errors", "allocator"},
-    {"request", "files", "manifest", "download"},
+    {"request", "files", "manifest", "download", "preprocessing"},
     {"images", "hub", "checkpoints"},
     {"attention", "face", "restoration", "world"},
     {"conditions", "examples", "metadata", "look"},

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from facegen import checkpoints
 from facegen.errors import CheckpointBroken, WeightsMissing, WrongAdapter
 from facegen.face.align import norm_crop_torch
+from facegen.preprocessing import preprocessing
 
 _BLOCKS = {(2, 2, 2, 2): 18, (3, 4, 6, 3): 34, (3, 4, 14, 3): 50, (3, 13, 30, 3): 100, (6, 26, 60, 6): 200}
 
@@ -74,7 +75,7 @@ class ArcFace(nn.Module):
 
     def embed(self, images: Tensor, points: Tensor) -> Tensor:
         """RGB pictures (B, 3, H, W) in [0, 1] with their points (B, 5, 2) in pixels to raw embeddings (B, D)."""
-        return self(2 * norm_crop_torch(images, points, self.size) - 1)
+        return self(preprocessing("recogniser").sight.normal(norm_crop_torch(images, points, self.size)))
 
     def train(self, mode: bool = True) -> ArcFace:
         """Stays in evaluation mode: batch statistics of generated faces would change who people are."""

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from facegen import checkpoints
+from facegen.preprocessing import View, preprocessing
 
 BISENET: tuple[str, ...] = (
     "background", "skin", "l_brow", "r_brow", "l_eye", "r_eye", "eyeglass", "l_ear", "r_ear", "earring", "nose",
@@ -267,8 +268,7 @@ class Parser:
 
     net: nn.Module
     labels: tuple[str, ...]
-    mean: tuple[float, float, float]
-    deviation: tuple[float, float, float]
+    view: View
 
     @classmethod
     def from_file(cls, path: str | Path) -> Parser:
@@ -276,16 +276,15 @@ class Parser:
         path = Path(path).expanduser()
         tensors = checkpoints.unwrapped(checkpoints.read(path))
         if "cp.conv_avg.conv.weight" in tensors:
-            return cls(BiSeNet.of(tensors, path), BISENET, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+            return cls(BiSeNet.of(tensors, path), BISENET, preprocessing("bisenet").sight)
         if "out_mask_conv.conv2d.weight" in tensors:
-            return cls(ParseNet.of(tensors, path), PARSENET, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+            return cls(ParseNet.of(tensors, path), PARSENET, preprocessing("parsenet").sight)
         raise checkpoints.refuse(path, tensors, "a face parsing network (BiSeNet or ParseNet)")
 
     @torch.no_grad()
     def logits(self, images: Tensor) -> Tensor:
         """Aligned faces (B, 3, 512, 512) RGB in [0, 1] to logits (B, 19, 512, 512)."""
-        mean, deviation = (images.new_tensor(value).view(1, 3, 1, 1) for value in (self.mean, self.deviation))
-        logits: Tensor = self.net((images - mean) / deviation)[0]
+        logits: Tensor = self.net(self.view.normal(images))[0]
         return logits
 
     def parse(self, images: Tensor) -> Tensor:

@@ -17,13 +17,13 @@ from facegen.checkpoints import Shapes, count
 from facegen.errors import CheckpointBroken, WeightsMissing, WrongAdapter
 from facegen.models.resampler import by_photo
 from facegen.models.streams import dtype_of
+from facegen.preprocessing import preprocessing
 
 if TYPE_CHECKING:
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 IMAGE_ENCODER = "image_encoder"
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+CLIP_VIEW = preprocessing("ip_adapter").sight
 CLIP_WIDTHS = (768, 1024, 1280, 1664)  # of patch tokens: what reads such looks at pictures, not at face embeddings
 FACE_WIDTH = 512  # of every published recogniser's embedding
 EXPRESSION_WIDTH = 55  # numbers of a face's expression: what reads such belongs to Arc2Face
@@ -32,8 +32,7 @@ HEAD_WIDTH = 64  # of every published CLIP encoder but ViT-H's, whose configurat
 
 def clip_pixels(picture: np.ndarray) -> Tensor:
     """(H, W, 3) uint8 -> (1, 3, H, W) with CLIP's mean and deviation; channels as they come."""
-    scaled = torch.tensor(picture).float() / 255
-    return ((scaled - torch.tensor(CLIP_MEAN)) / torch.tensor(CLIP_STD)).permute(2, 0, 1)[None]
+    return CLIP_VIEW.normal(torch.tensor(picture).permute(2, 0, 1)[None].float() / 255)
 
 
 def centre(image: Image.Image, size: int) -> np.ndarray:

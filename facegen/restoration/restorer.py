@@ -14,6 +14,7 @@ from facegen import checkpoints
 from facegen.errors import WeightsMissing
 from facegen.face.types import Array
 from facegen.hub import check_commercial, resolve
+from facegen.preprocessing import preprocessing
 from facegen.restoration.codeformer import CodeFormer
 from facegen.restoration.dfdnet import DFDNet, boxes_of_points, read_dictionary
 from facegen.restoration.faces import SIDE
@@ -87,7 +88,7 @@ class Restorer:
     @torch.no_grad()
     def __call__(self, face: Tensor, wish: Wish | None = None) -> Tensor:
         """An aligned face (3, S, S) RGB in [0, 1] to the restored one, clamped to [0, 1]; S is `side`."""
-        made = self.run(2 * face[None] - 1, wish or Wish())
+        made = self.run(preprocessing("restorer").sight.normal(face[None]), wish or Wish())
         return (made[0].clamp(-1, 1) + 1) / 2
 
 

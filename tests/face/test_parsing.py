@@ -41,10 +41,10 @@ def test_a_file_brings_its_own_table(tmp_path: Path, monkeypatch: pytest.MonkeyP
     path = write(tmp_path / "any.pth", {"module": {**small(BiSeNet), "cp.resnet.fc.weight": torch.ones(2)}})
     parser = Parser.from_file(path)
     assert parser.labels == BISENET
-    assert parser.mean == (0.485, 0.456, 0.406)
+    assert parser.view.mean == (0.485, 0.456, 0.406)
     parsenet = Parser.from_file(write(tmp_path / "bisenet.pth", small(ParseNet)))
     assert parsenet.labels == PARSENET
-    assert parsenet.mean == (0.5, 0.5, 0.5)
+    assert parsenet.view.mean == (0.5, 0.5, 0.5)
     assert set(PARSENET) == set(BISENET)
     assert PARSENET != BISENET
 
