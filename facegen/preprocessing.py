@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,14 +70,16 @@ class Preprocessing:
 
 @cache
 def _all() -> Mapping[str, Preprocessing]:
-    found = {}
     with FILE.open("rb") as file:
-        for name, table in tomllib.load(file).items():
-            view = table.pop("view", None)
-            if view is not None:
-                view = View(**{key: tuple(one) if isinstance(one, list) else one for key, one in view.items()})
-            found[name] = Preprocessing(**table, view=view)
-    return found
+        return {name: _one(table) for name, table in tomllib.load(file).items()}
+
+
+def _one(table: Mapping[str, Any]) -> Preprocessing:
+    rest: dict[str, Any] = dict(table)
+    if (seen := rest.pop("view", None)) is None:
+        return Preprocessing(**rest)
+    fields: dict[str, Any] = {key: tuple(one) if isinstance(one, list) else one for key, one in seen.items()}
+    return Preprocessing(**rest, view=View(**fields))
 
 
 def preprocessing(name: str) -> Preprocessing:
