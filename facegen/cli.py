@@ -95,13 +95,19 @@ class WorldRequest(Request):
 @dataclass(frozen=True, kw_only=True)
 class TrainRequest(Request):
     task: ClassVar[str] = (
-        "Train the embedded model from nothing, stage by stage; the same command goes on where it was."
+        "Train the embedded model from nothing, stage by stage, or a slider; the same command goes on where it was."
     )
 
-    what: str = choice("mini", "What to train", ("mini",), positional=True)
+    what: str = choice("mini", "What to train", ("mini", "slider"), positional=True)
     stages: tuple[str, ...] = names((), "Some stages only, such as pictures, recogniser, vae, diffusion, write.")
-    output: str = text("outputs/mini", "Where the weights are written.", alias="o")
-    work: str = text("runs/mini", "Where checkpoints and drawn pictures are kept meanwhile.")
+    output: str | None = text(
+        cast(str, None), "Where the weights are written; outputs/mini or outputs/sliders by default.",
+        optional=True, alias="o",
+    )  # fmt: skip
+    work: str | None = text(
+        cast(str, None), "Where checkpoints and drawn pictures are kept; runs/mini or runs/sliders by default.",
+        optional=True,
+    )  # fmt: skip
     device: str | None = choice(None, "Where to compute.", ("cpu", "cuda", "mps"), optional=True)
     budget: float = number(1.0, "Share of the full recipe's steps and pictures.", low=1e-6, high=100)
     seed: int = integer(0, "Which world and which first weights.", low=0, high=2**31)
@@ -110,6 +116,24 @@ class TrainRequest(Request):
         "Folder of a finished model to begin the diffusion with; its autoencoder is kept.",
         optional=True,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SliderRequest(Request):
+    task: ClassVar[str] = "What a slider is learnt from: two prompts, or a folder of picture pairs."
+
+    name: str = text("", "Slider: its name, which becomes the file's.")
+    more: str = text("", "Slider: a prompt with more of it, such as 'an old person'.")
+    less: str = text("", "Slider: a prompt with less of it, such as 'a young person'.")
+    pairs: str | None = text(
+        cast(str, None), "Slider: a folder with the folders more and less, pictures of the same names in both.",
+        optional=True,
+    )  # fmt: skip
+    prompt: str = text("a portrait of a person", "Slider: what the pictures show otherwise.")
+    keep: tuple[str, ...] = names((), "Slider: what must not move with it, such as 'a man' 'a woman'.")
+    model: str = text("mini", "Slider: the base model it is for.")
+    steps: int = integer(300, "Slider: how many steps of training.", low=1, high=1_000_000)
+    rank: int = integer(4, "Slider: the rank of its weights.", low=1, high=128)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -593,16 +617,45 @@ def _dataset(request: WorldRequest, arguments: argparse.Namespace) -> int:
 def _train(arguments: argparse.Namespace) -> int:
     from facegen.training.mini import train
 
-    request = from_flags(TrainRequest, arguments)
-    output, work = Path(request.output).expanduser(), Path(request.work).expanduser()
+    request, slider = from_flags(TrainRequest, arguments), from_flags(SliderRequest, arguments)
+    kind = "sliders" if request.what == "slider" else request.what
+    output = Path(request.output or f"outputs/{kind}").expanduser()
+    work = Path(request.work or f"runs/{kind}").expanduser()
     writable(output)
     writable(work)
     if not arguments.quiet:
         logging.getLogger("facegen").setLevel(logging.INFO)
+    if request.what == "slider":
+        say(str(_train_slider(request, slider, output, work)))
+        return 0
+    if slider != SliderRequest():
+        raise WrongRequest("--name, --more, --less, --pairs and the like belong to: facegen train slider.")
     start = None if request.start is None else Path(request.start)
     train(output, request.stages, request.device, request.budget, request.seed, work, start)
     say(str(output))
     return 0
+
+
+def _train_slider(request: TrainRequest, asked: SliderRequest, output: Path, work: Path) -> Path:
+    """The file of the learnt slider."""
+    from facegen.training.sliders import Recipe, train_slider
+
+    if request.stages or request.start:
+        raise WrongRequest("--stages and --start belong to: facegen train mini.")
+    pairs = None if asked.pairs is None else Path(asked.pairs).expanduser()
+    recipe = Recipe(asked.name, asked.more, asked.less, pairs, asked.prompt, asked.keep)
+
+    import torch
+
+    from facegen.models.base import Model
+    from facegen.training.objectives.slider import SliderSettings
+
+    if request.device == "cpu":
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+    model = Model.from_pretrained(asked.model, dtype=torch.float32, device=request.device)
+    settings = SliderSettings(rank=asked.rank, seed=request.seed)
+    steps = max(1, round(asked.steps * request.budget))
+    return train_slider(recipe, model, output, work, steps=steps, settings=settings)
 
 
 def _eval(arguments: argparse.Namespace) -> int:
@@ -862,7 +915,8 @@ HOUSE: Mapping[str, Command] = {
         example="facegen read outputs/generate-7.png --run",
     ),
     "train": Command(
-        about=TrainRequest.task, run=_train, requests=(TrainRequest,), example="facegen train mini --budget 0.1"
+        about=TrainRequest.task, run=_train, requests=(TrainRequest, SliderRequest),
+        example='facegen train slider --name old --more "an old person" --less "a young person"',
     ),
     "eval": Command(about=EvalRequest.task, run=_eval, requests=(EvalRequest,), more=_json_flag),
     "weights": Command(

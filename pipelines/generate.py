@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from facegen.adapter import Guest
-    from facegen.conditions import Condition, TextCondition
+    from facegen.conditions import Condition
     from facegen.face.paste import Box
     from facegen.pipeline import Person
 
@@ -34,7 +34,11 @@ class GenerateRequest(PersonRequest):
     task: ClassVar[str] = "Make pictures of a person from their photos and a prompt."
 
     sliders: Mapping[str, float] = strengths(
-        {}, "Changes by degrees, such as smile=0.6 age=-1, or two prompts of your own: 'more|less'=1.", low=-5, high=5
+        {},
+        "Changes by degrees, such as smile=0.6 age=-1, two prompts of your own: 'more|less'=1, or the file of a slider"
+        " that was learnt: mine.safetensors=0.7.",
+        low=-5,
+        high=5,
     )
     expression: Mapping[str, float] = strengths(
         {}, "An expression by numbers, such as smile=0.8 brow_raise=0.5, or arc2face's own: jaw_0=0.3; else at rest.",
@@ -130,6 +134,17 @@ class GeneratePipeline(Pipeline[GenerateRequest]):
     """``pipe(faces=["me.jpg"], prompt="portrait, red hair", seed=7)``"""
 
     request_class = GenerateRequest
+
+    def resolve(self, request: GenerateRequest) -> GenerateRequest:
+        from facegen.models.sliders import files
+
+        self.worn_loras(files(request.sliders))  # a file that cannot be worn is told of now
+        return super().resolve(request)
+
+    def _loaded_json(self, request: GenerateRequest) -> dict[str, Any]:
+        from facegen.models.sliders import files
+
+        return super()._loaded_json(replace(request, loras={**request.loras, **files(request.sliders)}))
 
     def paint(
         self, request: GenerateRequest, conditions: Sequence[Condition], watch: Watch, indices: Sequence[int] | None
@@ -374,13 +389,14 @@ class GeneratePipeline(Pipeline[GenerateRequest]):
         control = cast(Geometry, self.control(request.geometry_kind))
         return [control.condition(picture, scale=request.geometry_strength)]
 
-    def _slid(self, request: GenerateRequest, conditions: Sequence[Condition]) -> list[TextCondition]:
-        """The last prompt of the run, moved by the sliders."""
+    def _slid(self, request: GenerateRequest, conditions: Sequence[Condition]) -> list[Condition]:
+        """The last prompt of the run, moved by the sliders, and the learnt ones that act."""
         from facegen.conditions import TextCondition
-        from facegen.models.sliders import moved
+        from facegen.models.sliders import DELAY, files, moved
 
         last = [one for one in conditions if isinstance(one, TextCondition)][-1]
-        return moved(self.model, last, request.sliders)
+        learnt = self.worn_loras({name: strength for name, strength in files(request.sliders).items() if strength})
+        return [*moved(self.model, last, request.sliders), *(replace(one, span=(DELAY, 1.0)) for one in learnt)]
 
     def _character(
         self, request: GenerateRequest, size: tuple[int, int], conditions: Sequence[Condition], start: Tensor

@@ -1,18 +1,22 @@
-"""One thing changed by degrees: a prompt moved along the way from one description to its opposite.
+"""One thing changed by degrees: a prompt moved along the way from one description to its opposite, or weights that
+were taught a direction.
 
-The direction is the difference of two encoded prompts, so a new slider needs two sentences and no labels; strength 0
-is the prompt itself. The first part of the run keeps the plain prompt: who and where is decided there.
+The direction is the difference of two encoded prompts, so a new slider needs two sentences and no labels; or it is
+learnt and lies in a LoRA file (`facegen train slider`). Strength 0 is the plain run. The first part of the run stays
+plain: who and where is decided there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from facegen.checkpoints import SAFE
 from facegen.conditions import TextCondition
 from facegen.errors import WrongRequest
 
@@ -41,6 +45,11 @@ APART = "|"
 DELAY = 0.2
 
 
+def files(sliders: Mapping[str, float]) -> dict[str, float]:
+    """Those of the sliders that are weights in a file, not words."""
+    return {name: strength for name, strength in sliders.items() if Path(name).suffix == SAFE}
+
+
 def prompts(name: str) -> tuple[str, str]:
     """The two prompts of a slider by name, or of one given as `more of it|less of it`; raises WrongRequest."""
     if name in SLIDERS:
@@ -48,7 +57,8 @@ def prompts(name: str) -> tuple[str, str]:
     more, apart, less = (part.strip() for part in name.partition(APART))
     if not apart or not more or not less:
         raise WrongRequest(
-            f"There is no slider '{name}'; there are: {', '.join(SLIDERS)}; or give two prompts as 'more{APART}less'."
+            f"There is no slider '{name}'; there are: {', '.join(SLIDERS)}; or give two prompts as"
+            f" 'more{APART}less', or the {SAFE} file of one that was learnt."
         )
     return more, less
 
@@ -58,9 +68,11 @@ def moved(
 ) -> list[TextCondition]:
     """The prompts to append to a run's conditions: `text` moved along each slider by its strength; [] for no move.
 
-    Only the conditional half moves. Raises WrongRequest for a slider that does not exist.
+    Sliders in files are not its business. Only the conditional half moves. Raises WrongRequest for a slider that does
+    not exist.
     """
-    ways = [(*prompts(name), strength) for name, strength in sliders.items() if strength]
+    learnt = files(sliders)
+    ways = [(*prompts(name), strength) for name, strength in sliders.items() if strength and name not in learnt]
     if not ways:
         return []
     embeds, pooled = text.embeds.clone(), None if text.pooled is None else text.pooled.clone()

@@ -243,3 +243,29 @@ def test_a_watch_stops_between_pictures(pipe: GeneratePipeline) -> None:
     with pytest.raises(Cancelled):
         collect()
     assert len(made) == 1
+
+
+def test_a_learnt_slider_is_a_file_with_a_strength(pipe: GeneratePipeline, tmp_path: Path) -> None:
+    from facegen.training.objectives.slider import SliderNet
+    from facegen.training.sliders import save
+
+    net = SliderNet(pipe.model.unet, rank=2)
+    with torch.no_grad():
+        for seed, up in enumerate(net.up):
+            up += 0.3 * torch.randn(up.shape, generator=torch.Generator().manual_seed(seed))
+    mine = str(save(net, tmp_path / "mine.safetensors", {"format": "pt"}))
+    before = checksum(pipe)
+    plain, none, more, less = (
+        pipe(prompt="a portrait", seed=3, sliders=sliders, **QUICK)
+        for sliders in ({}, {mine: 0.0}, {mine: 0.7}, {mine: -0.7})
+    )
+    assert np.array_equal(pixels(plain.images[0]), pixels(none.images[0]))
+    assert not np.array_equal(pixels(plain.images[0]), pixels(more.images[0]))
+    assert not np.array_equal(pixels(less.images[0]), pixels(more.images[0]))
+    assert checksum(pipe) == before
+    record = more.images[0].record
+    assert record is not None
+    assert record.loaded["loras"] == {mine: metadata.file_checksum(Path(mine))}
+    assert np.array_equal(pixels(more.images[0]), pixels(pipe(more.request).images[0]))
+    with pytest.raises(WeightsMissing, match="lost"):
+        pipe(prompt="x", sliders={str(tmp_path / "lost.safetensors"): 1.0}, **QUICK)

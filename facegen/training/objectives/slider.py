@@ -1,0 +1,219 @@
+"""Learning a slider: a direction of low-rank weights in a UNet that stays as it is, without any labels.
+
+From two prompts, what the UNet already knows as the difference between them becomes the direction; from pairs of
+pictures, what turns the one into the other. Strengths 1 and -1 are learnt together, so that what both have in common
+cancels out. Source: Gandikota et al. 2023, Concept Sliders (arXiv 2311.12092), equations 7, 8 and section 4.2.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from facegen import schedulers
+from facegen.attention.backends import plain
+from facegen.conditions import Condition, LoraCondition, LowRankWeights, TextCondition
+from facegen.denoise import Guidance, denoise, noise
+from facegen.models.sliders import DELAY
+from facegen.training.loop import Objective, step_seed
+
+if TYPE_CHECKING:
+    from facegen.models.base import Model
+
+_SIDES = (1.0, -1.0)
+
+
+@dataclass(frozen=True)
+class SliderSettings:
+    """reach: how many times the difference of the two prompts strength 1 is to go (the paper's η); steps, guidance:
+    of the runs in whose middle prompts are compared.
+    """
+
+    rank: int = 4
+    batch: int = 4
+    reach: float = 4.0
+    steps: int = 10
+    guidance: float = 3.0
+    seed: int = 0
+
+
+class SliderNet(nn.Module):
+    """Low-rank additions to the attention and feed-forward layers of a UNet, zero at first."""
+
+    def __init__(self, unet: nn.Module, rank: int, seed: int = 0) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        layers = {
+            name: layer
+            for name, layer in unet.named_modules()
+            if isinstance(layer, nn.Linear) and ".transformer_blocks." in name
+        }
+        self.names = tuple(layers)
+        self.down, self.up = nn.ParameterList(), nn.ParameterList()
+        for layer in layers.values():
+            own = torch.randn(rank, layer.in_features, generator=generator) / layer.in_features**0.5
+            self.down.append(nn.Parameter(own.to(layer.weight.device)))
+            self.up.append(nn.Parameter(torch.zeros(layer.out_features, rank, device=layer.weight.device)))
+
+    def layers(self) -> dict[str, LowRankWeights]:
+        """The additions by the names of the UNet's layers."""
+        pairs = zip(self.names, self.down, self.up, strict=True)
+        return {name: LowRankWeights(down, up) for name, down, up in pairs}
+
+    def condition(self, strength: float) -> LoraCondition:
+        """The slider at a strength; differentiable."""
+        return LoraCondition(layers=self.layers(), scale=strength)
+
+
+class SliderObjective(Objective):
+    """What both ways of learning a slider share: the frozen model and one call of it."""
+
+    name = "slider"
+
+    def __init__(self, model: Model, settings: SliderSettings) -> None:
+        self.model, self.settings = model, settings
+        model.unet.requires_grad_(False)
+        self.net = SliderNet(model.unet, settings.rank, settings.seed)
+        self.module = self.net
+
+    def predict(self, latents: Tensor, timesteps: Tensor, text: TextCondition, strength: float = 0.0) -> Tensor:
+        """The model's output for noisy latents (B, C, h, w) at timesteps (B,), with the slider at this strength."""
+        slid: list[Condition] = [self.net.condition(strength)] if strength else []
+        # On a CPU the fused attention's backward pass is several times slower than plain matrix products.
+        backend = plain if latents.device.type == "cpu" else None
+        with self.model.prepare([text, *slid], len(latents), guidance=False, backend=backend) as prepared:
+            return self.model.predict(latents, timesteps, prepared.throughout()).float()
+
+    @abstractmethod
+    def loss(self, batch: Mapping[str, Tensor], step: int, generator: torch.Generator) -> dict[str, Tensor]: ...
+
+    def compiled(self) -> Sequence[nn.Module]:
+        return ()
+
+
+@dataclass(frozen=True)
+class Words:
+    """The two ends of a slider in words; prompt: what it acts on; keep: what must not move with it, such as 'a man'
+    and 'a woman' for an age.
+    """
+
+    more: str
+    less: str
+    prompt: str = "a portrait of a person"
+    keep: tuple[str, ...] = ()
+
+
+class TextSliderObjective(SliderObjective):
+    """Under the plain prompt, answer as the UNet answers it, moved by the difference of its answers to two others."""
+
+    def __init__(self, model: Model, words: Words, settings: SliderSettings = SliderSettings()) -> None:
+        super().__init__(model, settings)
+        texts = (words.prompt, words.more, words.less)
+        self.words = [
+            [model.encode_text([f"{text}, {kept}" if kept else text]) for text in texts] for kept in words.keep or ("",)
+        ]
+        self._run: tuple[int, Tensor, Tensor] | None = None
+
+    def batch(self, step: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """Rows from different moments of one run: latents (B, C, h, w), timesteps (B,), words (): which are kept."""
+        number, place = divmod(step, self.settings.steps)
+        seen, times = self._seen(number)
+        rows, first = torch.arange(seen.shape[1]), int(DELAY * len(times))  # earlier than that no slider acts
+        moments = first + (place + rows * max(1, len(times) // len(rows))) % (len(times) - first)
+        words = torch.randint(len(self.words), (), generator=generator)
+        return {"latents": seen[moments, rows], "timesteps": times[moments], "words": words}
+
+    @torch.no_grad()
+    def _seen(self, number: int) -> tuple[Tensor, Tensor]:
+        """What the plain model sees in a run from this number's noise: latents (T, B, C, h, w), timesteps (T,)."""
+        if self._run is None or self._run[0] != number:
+            model, settings = self.model, self.settings
+            scheduler = schedulers.build("ddim", model.scheduler_config, settings.steps, device=model.device)
+            seeds = [step_seed(settings.seed, number, row) for row in range(settings.batch)]
+            begin = noise(
+                model.latent_shape(*model.default_size), [torch.Generator().manual_seed(seed) for seed in seeds]
+            )
+            seen = [schedulers.start(scheduler, begin).to(model.device)]
+            text = self.words[number % len(self.words)][0]
+            guidance = Guidance(settings.guidance)
+            denoise(model, seen[0], scheduler, [text], guidance, on_step=lambda step: seen.append(step.latents))
+            self._run = number, torch.stack(seen[:-1]).float(), schedulers.walk(scheduler)
+        return self._run[1:]
+
+    def loss(self, batch: Mapping[str, Tensor], step: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """1 is a slider that does nothing yet; each row counts alike, for with much noise prompts differ more."""
+        latents, timesteps = batch["latents"], batch["timesteps"]
+        texts = self.words[int(batch["words"])]
+        with torch.no_grad():
+            plain, more, less = (self.predict(latents, timesteps, text) for text in texts)
+        way = self.settings.reach * (more - less)
+        size = way.square().mean((1, 2, 3)).clamp(min=1e-12)
+        errors = [
+            (self.predict(latents, timesteps, texts[0], side) - plain - side * way).square().mean((1, 2, 3)) / size
+            for side in _SIDES
+        ]
+        return {"loss": torch.stack(errors).mean()}
+
+    def figures(self) -> dict[str, float]:
+        """The share of the way that is left, in runs that were not learnt from."""
+        first = 2**20
+        found = []
+        for number in range(4):
+            generator = torch.Generator().manual_seed(number)
+            batch = self.batch((first + number) * self.settings.steps + number, generator)
+            found.append(self.loss(batch, 0, generator)["loss"])
+        return {"left": round(float(torch.stack(found).mean()), 4)}
+
+
+class PairSliderObjective(SliderObjective):
+    """See the noise in noisy pictures: at strength 1 in those that show more, at -1 in their twins that show less."""
+
+    def __init__(
+        self, model: Model, pairs: tuple[Tensor, Tensor], prompt: str, settings: SliderSettings = SliderSettings()
+    ) -> None:
+        """pairs: latents (N, C, h, w) of the pictures with more and of those with less of it."""
+        super().__init__(model, settings)
+        from diffusers import DDPMScheduler
+
+        self.pairs = pairs
+        self.text = model.encode_text([prompt])
+        kept = {name: value for name, value in model.scheduler_config.items() if not name.startswith("_")}
+        self.levels: Any = DDPMScheduler.from_config(kept)
+
+    def batch(self, step: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """Both twins (B, C, h, w) of pairs drawn by lot."""
+        rows = torch.randint(len(self.pairs[0]), (self.settings.batch,), generator=generator)
+        more, less = (latents[rows.to(latents.device)] for latents in self.pairs)
+        return {"more": more, "less": less}
+
+    def loss(self, batch: Mapping[str, Tensor], step: int, generator: torch.Generator) -> dict[str, Tensor]:
+        timesteps = torch.randint(1000, (len(batch["more"]),), generator=generator, device=generator.device)
+        drawn = torch.randn(batch["more"].shape, generator=generator, device=generator.device)
+        return {"loss": self._error(batch, drawn, timesteps, 1.0)}
+
+    def _error(self, batch: Mapping[str, Tensor], drawn: Tensor, timesteps: Tensor, strength: float) -> Tensor:
+        """Of both twins with the same noise."""
+        errors = []
+        for side, latents in zip(_SIDES, (batch["more"].float(), batch["less"].float()), strict=True):
+            noisy = self.levels.add_noise(latents, drawn, timesteps)
+            velocity = self.levels.config.prediction_type == "v_prediction"
+            wanted = self.levels.get_velocity(latents, drawn, timesteps) if velocity else drawn
+            found = self.predict(noisy, timesteps, self.text, side * strength)
+            errors.append((found - wanted).square().mean())
+        return torch.stack(errors).mean()
+
+    def figures(self) -> dict[str, float]:
+        """The error on all pairs with the slider, without it, and with it the wrong way round, at even noise."""
+        rows = torch.arange(max(16, len(self.pairs[0]))) % len(self.pairs[0])
+        more, less = (latents[rows.to(latents.device)] for latents in self.pairs)
+        batch = {"more": more, "less": less}
+        generator = torch.Generator().manual_seed(self.settings.seed)
+        drawn = torch.randn(more.shape, generator=generator).to(more.device)
+        timesteps = torch.linspace(0, 999, len(drawn)).long().to(drawn.device)
+        strengths = {"error": 1.0, "error_without": 0.0, "error_reversed": -1.0}
+        return {name: round(float(self._error(batch, drawn, timesteps, one)), 4) for name, one in strengths.items()}
