@@ -72,7 +72,7 @@ EXACT = Economy()
 PRESETS: Mapping[str, Economy] = {
     "exact": EXACT,
     "fast": Economy(guidance=(0.0, 0.7), control=0.7, reuse=2, whole=0.2, least=10),
-    "fastest": Economy(guidance=(0.0, 0.4), control=0.4, reuse=4, whole=0.1, least=10),
+    "fastest": Economy(guidance=(0.0, 0.3), control=0.3, reuse=5, whole=0.1, least=10),
 }
 
 

@@ -173,19 +173,29 @@ def fits(network: nn.Module, layers: Mapping[str, LowRankWeights], what: str) ->
     """Raise WrongBaseModel when a layer is missing in the network or has another shape."""
     for name, low in layers.items():
         try:
-            weight = getattr(network.get_submodule(name), "weight", None)
+            shape = _shape(network.get_submodule(name))
         except AttributeError:
-            weight = None
-        if weight is None:
+            shape = None
+        if shape is None:
             raise WrongBaseModel(f"{what} changes the layer {name}, which the loaded base model does not have.")
-        if weight.shape[0] != low.up.shape[0] or weight.shape[1] != low.down.shape[1]:
+        if shape[0] != low.up.shape[0] or shape[1] != low.down.shape[1]:
             raise WrongBaseModel(
                 f"{what} was made for another base model: its layer {name} maps {low.down.shape[1]} to"
-                f" {low.up.shape[0]} channels, the loaded model's {weight.shape[1]} to {weight.shape[0]}."
+                f" {low.up.shape[0]} channels, the loaded model's {shape[1]} to {shape[0]}."
             )
-        kernel, own = tuple(low.down.shape[2:]), tuple(weight.shape[2:])
+        kernel, own = tuple(low.down.shape[2:]), tuple(shape[2:])
         if (kernel or (1, 1)) != (own or (1, 1)):
             raise WrongBaseModel(f"{what} has a kernel of {kernel} for the layer {name}, the loaded model's is {own}.")
+
+
+def _shape(module: nn.Module) -> tuple[int, ...] | None:
+    """Of its weight, which is not asked for itself: a packed convolution would have to lay it out anew."""
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    if isinstance(module, nn.Conv2d):
+        return module.out_channels, module.in_channels // module.groups, *module.kernel_size
+    weight = getattr(module, "weight", None)
+    return None if weight is None else tuple(weight.shape)
 
 
 class Worn:

@@ -45,7 +45,7 @@ class DistilSettings:
     """
 
     rank: int = 16
-    batch: int = 32
+    batch: int = 24
     guidance: float = 3.0
     grid: int = 50
     ways: Mapping[str, float] = field(

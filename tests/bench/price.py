@@ -133,7 +133,7 @@ def measure(plan: Plan, adapter: str, ways: list[Way], tell: Callable[[str], Non
     """Each way's price; the first way is what the others are held against."""
     judges, model = load_judges(), Model.from_pretrained(plan.model)
     worn = load_adapter(adapter, model)
-    pack(model.unet, worn.modules(), worn.host(model).unet)
+    pack(model.unet, model.vae, model.text_encoder, worn.modules(), worn.host(model).unet)
     names = range(HELD_OUT_FROM, HELD_OUT_FROM + plan.people)
     size = model.default_size[0]
     first = protocol.drawn(judges, scenes_for(plan.seed, names, [0] * plan.people), size)
@@ -160,15 +160,16 @@ def measure(plan: Plan, adapter: str, ways: list[Way], tell: Callable[[str], Non
         pictures = []
         host = worn.host(model)
         host.economy = one.economy
-        begin = time.process_time()
+        seconds = 0.0
         for rows in torch.arange(plan.people).split(plan.batch):
             seeds = [plan.seed + one.seed + 1_000_003 + int(row) for row in rows]
             asked = [texts[row] for row in rows.tolist()]
+            begin = time.process_time()
             made = protocol.generate(settings, model, worn, first, (rows, asked, seeds), loras)
+            seconds += (time.process_time() - begin) / plan.people
             pictures.append(made)
             tally.add(judges, made, asked, rows)
         host.economy = EXACT
-        seconds = (time.process_time() - begin) / plan.people
         every = torch.cat(pictures)
         exact = every if exact is None else exact
         found.append(Price(one.name, tally.row(one.name, threshold), unlike(features, every, exact), seconds))

@@ -180,3 +180,15 @@ def test_a_frozen_convolution_holds_its_weights_once() -> None:
         layer.load_state_dict({"weight": before, "bias": layer.bias})
         assert torch.equal(layer(x), first)
     assert layer.double().weight.dtype == torch.float64
+
+
+def test_wearing_a_lora_leaves_packed_weights_where_they_are(
+    model: Model, text: TextCondition, acting: dict[str, list[Condition]]
+) -> None:
+    conditions = [text, *acting["lora"]]
+    with Packed(model, []):
+        conv: Any = model.unet.conv_in
+        predicted(model, conditions, draw(6, 2, 4, 8, 8))
+        laid = conv.__dict__["_laid"]
+        predicted(model, conditions, draw(6, 2, 4, 8, 8))
+        assert conv.__dict__["_laid"] is laid
