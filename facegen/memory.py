@@ -228,12 +228,22 @@ class Memory:
         self.plan.place(network)
 
     def keep(self, module: Net, dtype: torch.dtype | None = None) -> Net:
-        """Bring an adapter's own net, in this precision, to where it waits; `using` lends it whole."""
+        """Bring an adapter's own net, in this precision, to where it waits.
+
+        `using` lends it whole, but transformers' encoders like networks: nobody calls anything inside of those.
+        """
         if dtype is not None:
             module.to(dtype)
         self._make_room(module)
         self._adapters.update(module.modules())
-        return module.to(self.waiting)
+        self._put(module)
+        return module
+
+    def _put(self, module: nn.Module) -> None:
+        if hasattr(module, "main_input_name"):
+            self.plan.place(module)
+        else:
+            module.to(self.waiting)
 
     def using(self, *modules: nn.Module) -> Any:
         """See MemoryPlan.using."""
@@ -263,7 +273,10 @@ class Memory:
         self.plan = replace(self.plan, offload=offload)
         for network in list(self._networks):
             self.plan.place(network)
-        for module in list(self._adapters):
-            module.to(self.waiting)
+        done: set[nn.Module] = set()
+        for module in sorted(self._adapters, key=lambda one: -len(list(one.modules()))):  # outermost first
+            if module not in done:
+                self._put(module)
+                done.update(module.modules())
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
