@@ -276,8 +276,8 @@ class GeneratePipeline(Pipeline[GenerateRequest]):
         for name in together:
             worn = self.loaded.adapters[name]
             guests = [self._guest(one, who, worn.pack) for one, who in zip(request.people, everyone, strict=True)]
-            asked = self.wishes(request, size)[name]
-            conditions += worn.adapter.conditions_together(guests, asked, self.model)
+            wish = self.wishes(request, size)[name]
+            conditions += worn.adapter.conditions_together(guests, wish, self.model)
         return _Cast(everyone, homes, tuple(conditions))
 
     def _together(self, request: GenerateRequest) -> tuple[str, ...]:

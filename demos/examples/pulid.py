@@ -8,7 +8,8 @@ from facegen.pipelines import GeneratePipeline
 def main(photos: list[str], model: str = "sdxl", adapter: str = "pulid", **loading: str) -> None:
     pipe = GeneratePipeline.from_pretrained(model, **loading)
     pipe.load_adapter(adapter)
-    out = pipe(faces=photos, prompt="a portrait, paper cut", guidance_scale=7, scheduler="dpm++ karras", seed=7)
+    look = "a portrait, paper cut"
+    out = pipe(faces=photos, prompt=look, manner="style", guidance_scale=7, scheduler="dpm++ karras", seed=7)
     out.save(".", "pulid")
 
 

@@ -43,7 +43,7 @@ def inside(shapes: Shapes, name: str) -> tuple[int, int]:
 class TokenSizes:
     """Lengths of a face's vector (ArcFace's and EVA-CLIP's) and of a view's rows; widths inside the mapper of the
     vector and inside those of the views, of the transformer (v1.1) and of the tokens; how many tokens the vector gives;
-    queries and layers of the transformer.
+    queries, layers and heads of the transformer (None: as many as are 64 wide in `dim`).
     """
 
     vector: int = 1280
@@ -55,6 +55,7 @@ class TokenSizes:
     own: int = 5
     queries: int = 32
     depth: int = 10
+    heads: int | None = None
 
 
 class IDEncoder(nn.Module):
@@ -101,7 +102,7 @@ class IDFormer(nn.Module):
         scale = sizes.dim**-0.5
         self.latents = nn.Parameter(torch.randn(1, sizes.queries, sizes.dim) * scale)
         self.proj_out = nn.Parameter(torch.randn(sizes.dim, sizes.output) * scale)
-        heads = max(sizes.dim // HEAD_WIDTH, 1)
+        heads = sizes.heads or max(sizes.dim // HEAD_WIDTH, 1)
         self.layers = nn.ModuleList(PerceiverLayer(sizes.dim, heads, HEAD_WIDTH) for _ in range(sizes.depth))
         for place in range(VIEWS):
             self.add_module(f"mapping_{place}", Mapper(sizes.view, sizes.inner, sizes.dim))
@@ -115,7 +116,9 @@ class IDFormer(nn.Module):
         body, inner = inside(shapes, "id_embedding_mapping"), inside(shapes, "mapping_0")
         own = shapes["id_embedding_mapping.6.weight"][0] // dim
         output, depth = shapes["proj_out"][1], count(shapes, "layers")
-        return cls(TokenSizes(vector, view, body, inner, dim, output, own, queries, depth))
+        heads = shapes["layers.0.0.to_q.weight"][0] // HEAD_WIDTH
+        own_heads = None if heads == max(dim // HEAD_WIDTH, 1) else heads
+        return cls(TokenSizes(vector, view, body, inner, dim, output, own, queries, depth, own_heads))
 
     def forward(self, vectors: Tensor, views: Sequence[Tensor]) -> Tensor:
         """vectors (N, n, vector) of n photos of a person, views 5 × (N, n · S, view) -> (N, queries, output)."""

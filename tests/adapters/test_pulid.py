@@ -137,6 +137,12 @@ def test_the_encoders(pulid: PuLID) -> None:
     assert torch.allclose(encoder(vectors, rows), latents[:, :3] @ encoder.proj_out, atol=1e-6)
 
 
+def test_heads_are_read_off_the_file() -> None:
+    former = IDFormer(TokenSizes(DIM, VIEW, (12, 10), (8, 8), 64, 32, 2, 3, 5, heads=3))
+    again = IDFormer.from_shapes({key: tuple(value.shape) for key, value in former.state_dict().items()})
+    assert again.sizes == former.sizes
+
+
 def test_raw_embedding_and_unit_view(pulid: PuLID, model: Model) -> None:
     assert pulid.eva is not None
     pixels, embedding = drawn(1, 3, 28, 28), drawn(1, DIM, seed=3) * 5
