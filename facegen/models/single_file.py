@@ -74,8 +74,11 @@ _SCHEDULE = {
     "num_train_timesteps": 1000,
     "steps_offset": 1,
     "trained_betas": None,
+    "clip_sample": False,  # for whoever asks for another scheduler than the model's own
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
 }
-_PNDM = {"_class_name": "PNDMScheduler", **_SCHEDULE, "set_alpha_to_one": False, "skip_prk_steps": True}
+_PNDM = {"_class_name": "PNDMScheduler", **_SCHEDULE}
 _EULER = {"_class_name": "EulerDiscreteScheduler", **_SCHEDULE, "timestep_spacing": "leading"}
 FACTS: Mapping[Family, Facts] = {
     "v1": Facts("Stable Diffusion 1.x", ("cond_stage_model.transformer",), 0.18215, 64, _PNDM),
@@ -120,6 +123,8 @@ def load(path: Path, dtype: torch.dtype) -> dict[str, Any]:
         fill(unet, ldm_keys.unet_names(held[UNET]), f"{UNET}.", held[UNET], read, dtype, path)
         fill(vae, ldm_keys.vae_names(held[VAE]), f"{VAE}.", held[VAE], read, dtype, path)
     scheduler = {**facts.scheduler, "prediction_type": "v_prediction" if velocity else "epsilon"}
+    if family == "v2" and velocity:
+        scheduler["_class_name"] = "DDIMScheduler"
     if "ztsnr" in shapes:
         scheduler["rescale_betas_zero_snr"] = True
     named = dict(zip(("tokenizer", "tokenizer_2"), tokenizers, strict=False))

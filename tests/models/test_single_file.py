@@ -202,8 +202,23 @@ def test_velocity(tmp_path: Path, how: str) -> None:
     save_file(tensors, path, metadata)
     model = load(path)
     assert model.scheduler_config["prediction_type"] == "v_prediction"
+    assert model.scheduler_config["_class_name"] == "DDIMScheduler"
     assert model.scheduler_config.get("rescale_betas_zero_snr", False) == (how == "key")
     assert model.default_size == (768, 768)
+
+
+@pytest.mark.parametrize(("family", "own"), [("v1", "PNDM"), ("v2", "PNDM"), ("xl", "EulerDiscrete")])
+def test_schedulers_are_those_of_the_published_models(
+    folders: dict[str, Path], tmp_path: Path, family: str, own: str
+) -> None:
+    from facegen import schedulers
+
+    config = load(single(folders[family], tmp_path, family)).scheduler_config
+    assert type(schedulers.build("model", config, 4)).__name__ == f"{own}Scheduler"
+    other = schedulers.build("ddim", config, 4)
+    assert not other.config.clip_sample
+    assert not other.config.set_alpha_to_one
+    assert float(other.alphas_cumprod[-1]) == pytest.approx(0.0047, rel=0.02)
 
 
 def test_a_run_from_a_file(folders: dict[str, Path], tmp_path: Path) -> None:
