@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from facegen.denoise import Step
     from facegen.face.analyze import FaceAnalyzer
     from facegen.face.fuse import Fused
+    from facegen.face.landmarks import LandmarkFinder
     from facegen.face.parse import FaceParser
     from facegen.face.types import Face
     from facegen.models.base import Model
@@ -263,6 +264,7 @@ class Loaded:
     people: dict[tuple[str, ...], Person] = field(default_factory=dict)  # by the checksums of their photos
     seen: dict[tuple[str, str], tuple[Face, ...]] = field(default_factory=dict)  # by pack and photo's checksum
     parser: FaceParser | None = None
+    finder: LandmarkFinder | None = None
     controls: dict[str, Any] = field(default_factory=dict)  # expression and geometry, by name
 
     @property
@@ -693,6 +695,15 @@ class Pipeline(ABC, Generic[R]):
         if self.loaded.parser is None:
             self.loaded.parser = FaceParser.from_pretrained(self.loaded.assets)
         return self.loaded.parser
+
+    @property
+    def finder(self) -> LandmarkFinder:
+        """The net that finds 68 points of a face: the model's own, else the embedded one. Raises WeightsMissing."""
+        from facegen.face.landmarks import LandmarkFinder
+
+        if self.loaded.finder is None:
+            self.loaded.finder = LandmarkFinder.from_pretrained(self.loaded.assets)
+        return self.loaded.finder
 
     def region(self, photo: Image.Image, name: str, select: str) -> torch.Tensor:
         """The mask (1, H, W) of a named part of the photo's only, largest or most central face.

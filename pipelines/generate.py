@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,10 +21,13 @@ if TYPE_CHECKING:
 
     from facegen.adapter import Guest
     from facegen.conditions import Condition
+    from facegen.face.head import Head
     from facegen.face.paste import Box
     from facegen.pipeline import Person
 
+log = logging.getLogger(__name__)
 AUTO, WINDOWS, MASKS, NONE = "auto", "windows", "masks", "none"
+LANDMARKS = "landmarks"
 SPACING = 0.75  # of the model's own side: how far apart people stand where the picture's size is left open
 
 
@@ -49,10 +53,14 @@ class GenerateRequest(PersonRequest):
         1.0, "How strongly that expression acts.", low=0, high=3, slider=(0, 2, 0.1), advanced=True
     )
     pose: Mapping[str, float] = strengths(
-        {}, "Where the head is, for an adapter that follows keypoints: yaw, pitch, roll, shift_x, shift_y, zoom.",
+        {},
+        "Where the head is, for an adapter that follows keypoints or for landmarks: yaw, pitch, roll, shift_x, shift_y,"
+        " zoom.",
         low=-1, high=2, advanced=True,
     )  # fmt: skip
-    geometry: Photo = photo("A picture whose geometry is followed: a photo for a sketch, else a map.", advanced=True)
+    geometry: Photo = photo(
+        "A picture whose geometry is followed: a photo for a sketch or landmarks, else a map.", advanced=True
+    )
     geometry_kind: str = choice("sketch", "What that picture shows.", KINDS, advanced=True)
     geometry_strength: float = number(
         1.0, "How closely it is followed.", low=0, high=3, slider=(0, 2, 0.1), advanced=True
@@ -157,7 +165,11 @@ class GeneratePipeline(Pipeline[GenerateRequest]):
         loras = self.worn_loras(request.loras)
         prompt = self.words(request, loras)
         # An adapter that writes the prompt itself comes after the plain prompt, and the last one counts.
-        shaped = [*self._expression(request, size), *self._geometry(request, size), *self._controlled(request, size)]
+        shaped = [
+            *self._expression(request, size),
+            *self._geometry(request, who, size),
+            *self._controlled(request, size),
+        ]
         everything = [prompt, *who.conditions, *shaped, *loras, *conditions]
         everything += self._slid(request, everything)
         model: Any = self.host(request.adapters)
@@ -250,7 +262,7 @@ class GeneratePipeline(Pipeline[GenerateRequest]):
     def _cast(self, request: GenerateRequest, size: tuple[int, int]) -> _Cast:
         if not request.people:
             person = self.person(request.faces, request.select, request.adapters)
-            where = {**self._pose(request, size), **self._parts(request, size)}
+            where = {**self._pose(request, person, size), **self._parts(request, size)}
             if request.where is not None:
                 where["mask"] = _drawn(self.photo(request.where), size, "where")
             return _Cast(
@@ -314,15 +326,34 @@ class GeneratePipeline(Pipeline[GenerateRequest]):
 
     # what else steers
 
-    def _pose(self, request: GenerateRequest, size: tuple[int, int]) -> dict[str, Any]:
-        """Where the keypoints go when a pose is asked for: a head's own geometry turned, not the photo's drawing."""
+    def _pose(self, request: GenerateRequest, person: Person | None, size: tuple[int, int]) -> dict[str, Any]:
+        """Where the keypoints go when a pose is asked for: the person's own head turned, not the photo's drawing."""
         from facegen.models.geometry import posed_points
 
         if not request.pose:
             return {}
-        if not any(hasattr(self.loaded.adapters[name].adapter, "controlnet") for name in request.adapters):
-            raise WrongRequest("A pose needs photos of a person and an adapter that follows keypoints, like instantid.")
-        return {"points": posed_points(dict(request.pose), size)}
+        if any(hasattr(self.loaded.adapters[name].adapter, "controlnet") for name in request.adapters):
+            return {"points": posed_points(dict(request.pose), size, self._head(person))}
+        if request.geometry_kind == LANDMARKS and (person is not None or request.geometry is not None):
+            return {}
+        raise WrongRequest(
+            "A pose needs photos of a person and an adapter that follows keypoints, like instantid, or the geometry"
+            " kind landmarks."
+        )
+
+    def _head(self, person: Person | None) -> Head | None:
+        """The person's own head; None, which stands for the average one, without the net that finds 68 points."""
+        from facegen.errors import WeightsMissing
+        from facegen.face.head import fit
+
+        if person is None:
+            return None
+        face = person.references[0]
+        try:
+            return fit(self.finder.find(face.image, face))
+        except WeightsMissing as missing:
+            log.info("The average head is turned: %s", missing)
+            return None
 
     def _parts(self, request: GenerateRequest, size: tuple[int, int]) -> dict[str, Any]:
         """What an adapter with parts of its own (Arc2Face) takes over: expression, a map of normals, a character."""
@@ -380,14 +411,42 @@ class GeneratePipeline(Pipeline[GenerateRequest]):
         )
         return adapter.conditions_from_embeddings(row, self.model, asked)
 
-    def _geometry(self, request: GenerateRequest, size: tuple[int, int]) -> list[Condition]:
+    def _geometry(self, request: GenerateRequest, who: _Cast, size: tuple[int, int]) -> list[Condition]:
         from facegen.models.geometry import Geometry, read
 
-        if request.geometry is None or not request.geometry_strength or self._own_normals(request):
+        kind = request.geometry_kind
+        own = kind == LANDMARKS and bool(request.pose) and len(who.everyone) == 1  # the person's own head, turned
+        if not request.geometry_strength or (request.geometry is None and not own) or self._own_normals(request):
             return []
-        picture = read(request.geometry_kind, self.photo(request.geometry), size)
-        control = cast(Geometry, self.control(request.geometry_kind))
+        control = cast(Geometry, self.control(kind))
+        picture = self._landmarks(request, who, size) if kind == LANDMARKS else None
+        if picture is None:
+            picture = read(kind, self.photo(request.geometry), size)
         return [control.condition(picture, scale=request.geometry_strength)]
+
+    def _landmarks(self, request: GenerateRequest, who: _Cast, size: tuple[int, int]) -> Tensor | None:
+        """The 68 points of the face in the photo (without one: of the person), in the pose that is asked for, drawn:
+        (1, 3, H, W); None for a map, which is drawn already.
+        """
+        from facegen.face.head import fit
+        from facegen.models.geometry import draw_landmarks, is_map
+
+        if request.geometry is None:
+            face = who.everyone[0].references[0]
+            photo = face.image
+        else:
+            photo = self.photo(request.geometry)
+            if is_map(photo):
+                if request.pose:
+                    raise WrongRequest("A drawn map cannot be turned to a pose; give the photo as geometry.")
+                return None
+            face = self.one_face(photo, request.select, "the geometry photo")
+        points = self.finder.find(photo, face)
+        if request.pose:
+            points = fit(points).seen(dict(request.pose), size)
+        else:
+            points = (points + 0.5) * [size[1] / photo.width, size[0] / photo.height] - 0.5
+        return draw_landmarks(points, (size[1], size[0]))[None]
 
     def _slid(self, request: GenerateRequest, conditions: Sequence[Condition]) -> list[Condition]:
         """The last prompt of the run, moved by the sliders, and the learnt ones that act."""

@@ -300,20 +300,21 @@ def _cells(x: Tensor, size: int) -> Tensor:
 
 
 class KeypointNet(nn.Module):
-    """Gray face crops (B, 1, 80, 80) in [-1, 1] to five points (B, 5, 2), x and y in crop sides (0 to 1)."""
+    """Gray face crops (B, 1, size, size) in [-1, 1] to points (B, count, 2), x and y in crop sides (0 to 1)."""
 
-    def __init__(self, widths: Sequence[int] = (16, 32, 64, 96), size: int = 80) -> None:
+    def __init__(self, widths: Sequence[int] = (16, 32, 64, 96), size: int = 80, count: int = 5) -> None:
         super().__init__()
         a, b, c, d = widths
-        self.config: dict[str, Any] = {"net": "points", "widths": list(widths), "size": size}
+        self.config: dict[str, Any] = {"net": "points", "widths": list(widths), "size": size, "count": count}
+        self.count = count
         self.body = nn.Sequential(
             _conv(1, a, 5, 2), PlainBlock(a, b, 2), PlainBlock(b, c, 2), PlainBlock(c, d, 2)
         )  # (B, d, 5, 5)
         self.mix = nn.Sequential(nn.Linear(d * (size // 16) ** 2, 128), nn.BatchNorm1d(128), nn.ReLU())
-        self.head = nn.Linear(128, 10)
+        self.head = nn.Linear(128, 2 * count)
 
     def forward(self, crops: Tensor) -> Tensor:
-        return 0.5 + self.head(self.mix(self.body(crops).flatten(1))).float().view(-1, 5, 2)
+        return 0.5 + self.head(self.mix(self.body(crops).flatten(1))).float().view(-1, self.count, 2)
 
 
 NETWORKS: Mapping[str, type[nn.Module]] = {

@@ -1,7 +1,7 @@
 """Where things are: ControlNets that follow landmarks, depth, normals or a sketch, and the pictures they read.
 
 A control lies in a folder called after its kind, in diffusers' format. The pictures are drawn the same way in training
-and in use, from the drawn world's own truth, from a photo (a sketch), or from a map that somebody brings.
+and in use, from the drawn world's own truth, from a photo (a sketch, landmarks), or from a map that somebody brings.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from facegen.images import to_tensor
 from facegen.request import CONTROL_KINDS
 
 if TYPE_CHECKING:
+    from facegen.face.head import Head
     from facegen.models.base import Model
     from facegen.world.render import Rendering
 
@@ -84,7 +85,8 @@ def drawn(kind: str, rendering: Rendering, row: int = 0) -> Tensor:
 def read(kind: str, picture: Image.Image, size: tuple[int, int]) -> Tensor:
     """The control picture (1, 3, H, W) that a photo or a map stands for; size = (height, width).
 
-    A sketch is found in any photo; landmarks, depth and normals are taken as drawn.
+    A sketch is found in any photo; landmarks (those of a photo: facegen.face.landmarks), depth and normals are taken
+    as drawn.
     """
     check(kind)
     fitted = to_tensor(picture.resize((size[1], size[0]), Image.Resampling.LANCZOS))
@@ -97,24 +99,29 @@ def check(kind: str) -> None:
         raise WrongRequest(f"There is no control '{kind}'; there are: {', '.join(KINDS)}.")
 
 
-def posed_points(pose: dict[str, float], size: tuple[int, int], scene: Any = None) -> np.ndarray[Any, Any]:
-    """Where five points of a head in this pose are, (5, 2) in pixels of a square picture; size = (height, width).
+def is_map(picture: Image.Image) -> bool:
+    """Whether a picture is drawn lines on black rather than a photo."""
+    pixels = np.asarray(picture.convert("RGB"), np.int16)
+    return bool((np.ptp(pixels, axis=2) <= 8).all() and (pixels.max(axis=2) < 16).mean() > 0.6)
 
-    pose: yaw, pitch, roll (radians), shift_x, shift_y, zoom as in facegen.world.parameters.POSE; scene: whose head,
-    None for the average one. Raises WrongRequest for what is no pose.
+
+def posed_points(pose: dict[str, float], size: tuple[int, int], head: Head | None = None) -> np.ndarray[Any, Any]:
+    """Where five points of a head in this pose are, (5, 2) in pixels of a portrait; size = (height, width).
+
+    pose: yaw, pitch, roll (radians), shift_x, shift_y, zoom as in facegen.world.parameters.POSE; head: whose, None for
+    the average one. Raises WrongRequest for what is no pose.
     """
-    from facegen.world.parameters import GROUPS, POSE, Scenes
+    from facegen.face.head import check_pose
+    from facegen.world.landmarks import landmarks5
+    from facegen.world.parameters import GROUPS, Scenes
     from facegen.world.render import render
 
-    ranges = {one.name: one for one in POSE}
-    for name, value in pose.items():
-        if name not in ranges:
-            raise WrongRequest(f"There is no pose '{name}'; there are: {', '.join(ranges)}.")
-        if not ranges[name].low <= value <= ranges[name].high:
-            raise WrongRequest(f"{name} must be from {ranges[name].low:g} to {ranges[name].high:g}, not {value:g}.")
-    if scene is None:
-        blank = Scenes(**{name: torch.zeros(1, len(columns)) for name, columns in GROUPS.items()})
-        scene = blank.with_values(zoom=1.0, key=1.0, fill=0.5, skin_tone=0.3)
+    if head is not None:
+        seen: np.ndarray[Any, Any] = landmarks5(torch.from_numpy(head.seen(pose, size))[None])[0].numpy()
+        return seen
+    check_pose(pose)
+    blank = Scenes(**{name: torch.zeros(1, len(columns)) for name, columns in GROUPS.items()})
+    scene = blank.with_values(zoom=1.0, key=1.0, fill=0.5, skin_tone=0.3)
     side = 64  # points are as exact in a small picture
     five = render(scene.with_values(**pose), side, supersample=1).landmarks5[0].numpy()
     scaled: np.ndarray[Any, Any] = (five + 0.5) * (min(size) / side) - 0.5

@@ -48,6 +48,8 @@ def export(name: str, net: nn.Module, assets: Path) -> list[Path]:
         _onnx(pack, example, assets / "pack" / "det.onnx", {2: "height", 3: "width"}, names)
         return [assets / "pack" / "det.onnx", _weights(net, assets / "pack" / "det")]
     assert isinstance(net, KeypointNet), name
+    if net.count != 5:
+        return [_weights(net, assets / "pack" / name)]
     size = net.config["size"]
     _onnx(net, torch.zeros(1, 1, size, size), assets / "pack" / "points.onnx", {0: "batch"}, ["points"])
     return [assets / "pack" / "points.onnx"]

@@ -40,6 +40,7 @@ STEPS: Mapping[str, int] = {
     "parsing": 6000,
     "detector": 12000,
     "points": 6000,
+    "points68": 6000,
     "vae": 20000,
     "reader": 6000,
     "words": 6000,
@@ -318,6 +319,7 @@ STAGES: Mapping[str, Callable[[Workshop], None]] = {
 EXTRA: Mapping[str, Callable[[Workshop], None]] = {
     "write": write_model,
     "distil": distil,
+    "points68": train_perception("points68"),
     **{name: teach_control(name) for name in CONTROLS},
 }
 
@@ -336,7 +338,7 @@ def train(
     ``budget`` is the share of the full recipe's steps and pictures; it must stay the same when a run goes on. The
     stage "write", only on demand, writes the diffusion model of the last checkpoint without waiting for the end; the
     stages of the controls ("expression", "landmarks", "depth", …) and "distil" (a LoRA that paints in four steps) learn
-    beside the finished model in ``output``.
+    beside the finished model in ``output``, "points68" the net that finds 68 points in a photo.
     Raises :class:`WrongRequest` for an unknown stage, :class:`WeightsMissing` where an earlier one is missing, and
     :class:`facegen.errors.Cancelled` on Ctrl-C; the same call goes on. ``start`` is a finished model (such as the
     embedded one) with which the diffusion begins instead of from nothing; its autoencoder is kept.

@@ -72,6 +72,12 @@ def _points(net: nn.Module, cache: Cache, held_out: Cache | None, steps: int) ->
     return PointsObjective(net, cache, held_out, PointsSettings(seed=6))  # type: ignore[arg-type]
 
 
+def _points68(net: nn.Module, cache: Cache, held_out: Cache | None, steps: int) -> Objective:
+    from facegen.training.points68 import Points68Objective, Points68Settings
+
+    return Points68Objective(net, cache, held_out, Points68Settings(seed=7))  # type: ignore[arg-type]
+
+
 _FAST = LoopSettings(learning_rate=2e-3, warmup=200, weight_decay=0.05, clip=5.0, bfloat16=True)
 STAGES: Mapping[str, Stage] = {
     "recogniser": Stage({"net": "recogniser"}, _recogniser, replace(_FAST, learning_rate=3e-3, seed=1)),
@@ -80,6 +86,7 @@ STAGES: Mapping[str, Stage] = {
     "parsing": Stage({"net": "parsing"}, _parsing, replace(_FAST, seed=4)),
     "detector": Stage({"net": "detector"}, _detector, replace(_FAST, seed=5)),
     "points": Stage({"net": "points"}, _points, replace(_FAST, seed=6)),
+    "points68": Stage({"net": "points", "size": 96, "count": 68}, _points68, replace(_FAST, warmup=50, seed=7)),
 }
 
 

@@ -74,6 +74,12 @@ def _on_skull(k: Knobs, x: Tensor, y: Tensor, grid: tuple[Tensor, Tensor, Tensor
 
 def landmarks68(k: Knobs, m: Measures, grid: tuple[Tensor, Tensor, Tensor], size: int) -> Tensor:
     """The iBUG points (B, 68, 2) in pixels; ``grid`` holds the rest coordinates (B, rows, columns) of the mesh."""
+    px, py = project(k, pose(turns(k), head_points(k, m, grid)[:, None])[:, 0], size)
+    return torch.stack([px, py], -1)
+
+
+def head_points(k: Knobs, m: Measures, grid: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """The iBUG points (B, 68, 3) in head space, with the expression; ``grid`` as for ``landmarks68``."""
     angle = torch.linspace(-1, 1, JAW, device=k.device)
     longitude = (1.42 * angle).view(1, 1, -1)
     latitude = (-0.02 - 1.02 * (1 - angle.abs() ** 1.7)).view(1, 1, -1)
@@ -82,9 +88,7 @@ def landmarks68(k: Knobs, m: Measures, grid: tuple[Tensor, Tensor, Tensor], size
     z = _on_skull(k, x[:, 0], y[:, 0], (grid[0][:, ::2, ::2], grid[1][:, ::2, ::2], grid[2][:, ::2, ::2]))
     rest = tuple(torch.cat([a, b], -1) for a, b in ((jx, x), (jy, y), (jz, z[:, None])))
     lower = torch.cat([(jy < m.mouth_y).float(), lower.expand(k.count, -1, -1)], -1)
-    points = shape(k, m, (rest[0], rest[1], rest[2]), lower)  # (B, 1, 68, 3)
-    px, py = project(k, pose(turns(k), points)[:, 0], size)
-    return torch.stack([px, py], -1)
+    return shape(k, m, (rest[0], rest[1], rest[2]), lower)[:, 0]
 
 
 def landmarks5(points: Tensor) -> Tensor:

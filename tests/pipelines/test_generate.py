@@ -269,3 +269,41 @@ def test_a_learnt_slider_is_a_file_with_a_strength(pipe: GeneratePipeline, tmp_p
     assert np.array_equal(pixels(more.images[0]), pixels(pipe(more.request).images[0]))
     with pytest.raises(WeightsMissing, match="lost"):
         pipe(prompt="x", sliders={str(tmp_path / "lost.safetensors"): 1.0}, **QUICK)
+
+
+def test_landmarks_come_from_a_photo_and_turn_with_the_pose(
+    pipe: GeneratePipeline, tiny: Path, drawn: Drawn, tmp_path: Path
+) -> None:
+    from facegen.face.landmarks import LandmarkFinder
+    from facegen.face.networks import KeypointNet
+    from facegen.models.geometry import Geometry, draw_landmarks, posed_points
+
+    with pytest.raises(WeightsMissing, match="facegen train mini --stages landmarks"):
+        pipe(geometry=drawn(1), geometry_kind="landmarks", seed=1, **QUICK)
+    control = Geometry.fresh("landmarks", pipe.model)
+    with torch.no_grad():
+        for parameter in control.net.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    pipe.loaded.controls["landmarks"] = Geometry.from_pretrained(control.save(tmp_path), pipe.model)
+    torch.manual_seed(0)
+    pipe.loaded.finder = LandmarkFinder(KeypointNet(widths=(8, 8, 8, 8), size=32, count=68).eval())
+    call: dict[str, Any] = {"geometry": drawn(1), "geometry_kind": "landmarks", "seed": 1, **QUICK}
+    photo, turned = pipe(**call).images[0], pipe(**call, pose={"yaw": 0.4}).images[0]
+    off = pipe(**call, geometry_strength=0.0).images[0]
+    assert not np.array_equal(pixels(photo), pixels(turned))
+    assert np.array_equal(pixels(off), pixels(pipe(seed=1, **QUICK).images[0]))
+    lines = draw_landmarks(pipe.finder.find(drawn(1), pipe.one_face(drawn(1), "only")), drawn(1).size)
+    as_map = Image.fromarray((lines.permute(1, 2, 0).numpy() * 255).astype(np.uint8))
+    assert not np.array_equal(pixels(pipe(**{**call, "geometry": as_map}).images[0]), pixels(off))
+    with pytest.raises(WrongRequest, match="give the photo"):
+        pipe(**{**call, "geometry": as_map}, pose={"yaw": 0.4})
+    # The person's own head, where a photo of them is all there is.
+    pipe.load_adapter(tiny / "adapters" / "ip_adapter_faceid")
+    own: dict[str, Any] = {"faces": drawn(1), "geometry_kind": "landmarks", "seed": 1, **QUICK}
+    ahead, aside = (pipe(**own, pose=pose).images[0] for pose in ({"yaw": 0.01}, {"yaw": 0.5}))
+    assert not np.array_equal(pixels(ahead), pixels(aside))
+    person = pipe.person([drawn(1)], "only", pipe.adapters)
+    head = pipe._head(person)
+    assert not np.allclose(posed_points({}, (64, 64), head), posed_points({}, (64, 64)), atol=0.1)
+    with pytest.raises(WrongRequest, match="A pose needs"):
+        pipe(prompt="x", pose={"yaw": 0.1}, **QUICK)
