@@ -87,7 +87,7 @@ class PackedConv2d(nn.Conv2d):
 
     def _returns(self, ordered: Tensor, weight: Tensor) -> bool:
         """Whether the plain weights could be had back from oneDNN's layout."""
-        return ordered.layout == torch._mkldnn and ordered.shape == weight.shape
+        return ordered.is_mkldnn and ordered.shape == weight.shape
 
     def release(self) -> None:
         """Take the plain weights back."""

@@ -38,7 +38,7 @@ from tests.bench.cases import CASES, SMALL, UNETS, Case, draw, load
 logger = logging.getLogger("bench_generate")
 
 ROOT = Path(__file__).resolve().parents[2]
-SIDES = ("diffusers", "facegen", "packed", "triton", "compiled", "fast", "fastest")
+SIDES = ("diffusers", "facegen", "packed", "triton", "compiled", "fast", "fastest", "lcm")
 SCALE, CONTROL = 0.6, 0.7
 
 
@@ -77,8 +77,8 @@ def facegen_side(setup: Setup, case: Case, side: str) -> Callable[[], Tensor]:
     device, dtype = setup.where
     parts = {"unet": case.unet, "vae": case.vae, "text_encoder": case.text_encoder, "tokenizer": case.tokenizer}
     further = {"text_encoder_2": None, "tokenizer_2": None} if case.xl else {}
-    kind = SDXLModel if case.xl else SD15Model
-    model = kind.from_parts(
+    family = SDXLModel if case.xl else SD15Model
+    model = family.from_parts(
         {**parts, **further, "scheduler_config": case.schedule}, MemoryPlan(torch.device(device), dtype)
     )
     model.economy = PRESETS.get(side, PRESETS["exact"])
@@ -100,14 +100,17 @@ def facegen_side(setup: Setup, case: Case, side: str) -> Callable[[], Tensor]:
     elif device == "cpu" and side not in ("facegen", "triton"):
         pack(model.unet, *(one for one in (case.net, case.text_encoder) if one is not None))
 
+    few = [few_steps(model, Path(setup.model).parent / "loras" / "lcm.safetensors")] if side == "lcm" else []
+    kind, steps, scale = ("lcm", 4, 1.0) if few else ("ddim", setup.steps, setup.guidance)
+
     @torch.no_grad()
     def make() -> Tensor:
-        scheduler = build("ddim", model.scheduler_config, setup.steps, device=device)
+        scheduler = build(kind, model.scheduler_config, steps, device=device)
         if case.text is None:
             text = model.encode_text(["a face"] * setup.pictures, ["blurry"])
         else:
             text = TextCondition(embeds=case.text, pooled=case.pooled)
-        conditions: list[Condition] = [text]
+        conditions: list[Condition] = [text, *few]
         for person, layers in people:
             tokens = person.projector(person.embeds.flatten(0, 1)).unflatten(0, (2, -1))
             conditions.append(TokenCondition(tokens=tokens, layers=layers, scale=SCALE, mask=person.mask))
@@ -116,9 +119,22 @@ def facegen_side(setup: Setup, case: Case, side: str) -> Callable[[], Tensor]:
         for place in range(case.references):
             seen = draw(90 + place, 1, *case.latents.shape[1:]).to(case.latents)
             conditions.append(ReferenceCondition(states=model.reference_states(seen, 0, text)))
-        return denoise(model, start(scheduler, case.latents), scheduler, conditions, Guidance(setup.guidance))
+        generator = torch.Generator().manual_seed(5)
+        return denoise(model, start(scheduler, case.latents), scheduler, conditions, Guidance(scale), generator)
 
     return make
+
+
+def few_steps(model: Any, file: Path) -> Any:
+    """The model's LoRA for four steps; without one a fresh one that changes nothing, which takes as long."""
+    from facegen.conditions import LoraCondition
+    from facegen.models.lora import load_lora
+    from facegen.training.distil import DistilSettings, LowRankSet
+
+    if file.is_file():
+        return load_lora(file, model)
+    fresh = LowRankSet(model.unet, DistilSettings().rank, torch.Generator().manual_seed(0)).requires_grad_(False)
+    return LoraCondition(layers=fresh.to(model.device, model.dtype).layers())
 
 
 def diffusers_side(setup: Setup, case: Case, side: str) -> Callable[[], Tensor]:

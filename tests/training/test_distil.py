@@ -90,5 +90,5 @@ def test_the_file_is_worn_as_it_was_learnt(objective: DistilObjective, tmp_path:
 
 def test_what_is_measured(objective: DistilObjective) -> None:
     found = objective.figures()
-    assert set(found) == {"four_steps", "four_steps_without"}
+    assert set(found) == {"held_out_with", "held_out_without"}
     assert all(value > 0 for value in found.values())
