@@ -98,15 +98,17 @@ class IPAdapterFaceID(Adapter):
         return {**found, "LoRA rank": rank, "base": base_name(width), "token width": width}
 
     @classmethod
-    def from_pretrained(cls, source: str | Path, model: Model) -> IPAdapterFaceID:
+    def from_pretrained(cls, source: str | Path, model: Model, *, variant: Variant | None = None) -> IPAdapterFaceID:
         """From one file, or a folder with one; the Plus variants also need `image_encoder/` beside it.
 
-        The companions `…_lora.safetensors` repeat what the file holds and are not read.
+        The companions `…_lora.safetensors` repeat what the file holds and are not read. variant: where the keys leave
+        it open (plus or plusv2; unnorm or InstantID), instead of what the file's name says. Raises WrongRequest for one
+        that the keys rule out.
         """
-        file = cls.choose(source, model)
+        file = Path(source).expanduser() if variant == "unnorm" else cls.choose(source, model)
         tensors = checkpoints.read(file)
         shapes = {key: tuple(value.shape) for key, value in tensors.items()}
-        variant = variant_of(shapes, file.name)
+        variant = _said(variant, variant_of(shapes, file.name), file)
         streams = Streams.from_tensors(section(tensors, "ip_adapter"), model, file, section="ip_adapter")
         projector = _projector(variant, section(tensors, "image_proj"), file)
         clip = None
@@ -212,6 +214,12 @@ class IPAdapterFaceID(Adapter):
         face = seen(faces, "IP-Adapter-FaceID-Plus looks at the photo; give one, not an embedding alone.")
         crop = np.asarray(norm_crop(face.image, face.points, self.clip.size))
         return replace(request, clip=self.clip.pixels(crop))
+
+
+def _said(said: Variant | None, read: Variant, file: Path) -> Variant:
+    if said is None or said == read or {said, read} == {"plus", "plusv2"}:
+        return said or read
+    raise WrongRequest(f"{file} is a file of the variant {read}, by its keys, not {said}; leave the variant out.")
 
 
 def variant_of(shapes: Shapes, file_name: str) -> Variant:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -279,3 +280,21 @@ def test_of_a_folder_with_files_for_several_bases_the_fitting_one_is_taken(
         assert isinstance(adapter, IPAdapterFaceID)
         assert adapter.streams.token_width == base.text_width
     assert file.is_file()
+
+
+def test_the_user_says_what_keys_and_name_do_not(
+    variant: IPAdapterFaceID, model: Model, clip_folder: Path, tmp_path: Path
+) -> None:
+    """A file that was renamed: its variant may be said; one that its keys rule out is refused."""
+    shutil.copytree(clip_folder, tmp_path / "image_encoder")
+    file = variant.save(tmp_path / "made").rename(tmp_path / "renamed.bin")
+    loaded = IPAdapterFaceID.from_pretrained(file, model, variant=variant.variant)
+    assert loaded.variant == variant.variant
+    other: Variant = "portrait" if variant.variant != "portrait" else "faceid"
+    # unnorm has InstantID's keys: without its name or a word of the user's it is taken for that
+    kind, words = (WrongAdapter, "InstantID") if variant.variant == "unnorm" else (WrongRequest, f"not {other};")
+    with pytest.raises(kind, match=words):
+        IPAdapterFaceID.from_pretrained(file, model, variant=other)
+    if variant.variant != "unnorm":
+        with pytest.raises(WrongRequest, match="by its keys, not unnorm"):
+            IPAdapterFaceID.from_pretrained(file, model, variant="unnorm")
