@@ -254,9 +254,8 @@ class GeneratePipeline(Pipeline[GenerateRequest]):
         for name in names:
             adapter = self.loaded.adapters[name].adapter
             if adapter.writes_prompt and len(request.people) > adapter.together:
-                raise WrongRequest(
-                    f"{name} writes the prompt, so it brings in {adapter.together} person only; use another adapter."
-                )
+                most = "one person" if adapter.together == 1 else f"{adapter.together} people"
+                raise WrongRequest(f"{name} writes the prompt, so it brings in {most} only; use another adapter.")
         return names
 
     def _cast(self, request: GenerateRequest, size: tuple[int, int]) -> _Cast:

@@ -173,3 +173,18 @@ def test_gaps_and_other_layers(instantid: InstantID, model: Model, tmp_path: Pat
     checkpoints.write(file, gap)
     with pytest.raises(CheckpointBroken, match=r"lacks 1\.to_k_ip"):
         load_adapter(tmp_path, model)
+
+
+def test_a_region_is_brought_to_the_layers_by_the_nearest_pixel(
+    instantid: InstantID, model: Model, photos: Photos
+) -> None:
+    """As its full pipeline does it: no layer sees anything but 0 and 1, and none looks beyond the box."""
+    region = torch.zeros(1, 64, 64)
+    region[:, 21:50, 13:38] = 1
+    person = instantid.conditions([photos(1)], AdapterRequest(height=64, width=64, mask=region), model)
+    tokens = next(one for one in person if isinstance(one, TokenCondition))
+    with model.prepare([model.encode_text(["a face"]), *person], 1, True) as prepared:
+        small = prepared.mask(region, 0, (8, 8), tokens.resize)
+    assert torch.equal(small.reshape(8, 8), region[0, ::8, ::8])
+    with pytest.raises(WrongRequest, match="bicubic or nearest, not 'area'"):
+        replace(tokens, resize="area")  # type: ignore[arg-type]
