@@ -53,7 +53,7 @@ Verb = Callable[[argparse.Namespace], int]
 # what the verbs about the house take
 
 SHEETS = ("people", "expressions", "attributes", "identity", "scene", "truth")
-MEASURES = ("likeness", "inpaint", "swap", "people", "repair", "sliders", "expression")
+MEASURES = ("likeness", "inpaint", "swap", "people", "repair", "sliders", "expression", "restore")
 DATASETS = ("folder", "webdataset")
 
 

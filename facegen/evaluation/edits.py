@@ -107,9 +107,13 @@ class Bench:
     def make(self, task: str, **fields: Any) -> Any:
         """One call of a task, told to whoever waits."""
         out = self.call(task, **{**self.plan.run, **fields})
+        self.skip()
+        return out
+
+    def skip(self) -> None:
+        """A call that could not be made counts as done."""
         self.done += 1
         self.tell(self.done, self.total)
-        return out
 
     def who(self, pictures: Sequence[Image.Image]) -> Tensor:
         """(N, D) unit vectors; zero where there is no face."""
@@ -265,13 +269,17 @@ def repair(bench: Bench) -> Table:
 
 def sliders(bench: Bench) -> Table:
     """Each slider moved, every attribute measured: its own should move, the others and the person should not."""
+    from facegen.world.parameters import GLASSES
+
     first = bench.drawn(0)
-    columns = ("smile", "age", "beard", "hair_length", "skin_tone", "masculinity", "jaw_open", "yaw")
+    columns = ("smile", "age", "beard", "glasses", "hair_length", "skin_tone", "masculinity", "jaw_open", "yaw")
     few = first.photos[: max(2, bench.plan.people // 5)]
     bench.total = len(few) * (1 + 2 * len(SLIDERS))
 
     def seen(pictures: Sequence[Image.Image]) -> Tensor:
         answers = [bench.judges.attributes(to_tensor(one)[None]) for one in pictures]
+        for one in answers:
+            one["glasses"] = 1 - one["glasses"][:, GLASSES.index("none")]  # how surely there are any
         return torch.tensor([[float(one[name]) for name in columns] for one in answers])
 
     def made(**fields: Any) -> list[Image.Image]:
@@ -301,13 +309,17 @@ def sliders(bench: Bench) -> Table:
 
 
 def expression(bench: Bench) -> Table:
-    """The expressions of other pictures asked for by numbers, beside the person, against no control and the truth."""
+    """The expressions of other pictures asked for by numbers, beside the person, against no control and the truth.
+
+    error: mean absolute; correlation: mean over the units, r …: that of each over the people.
+    """
     from facegen.world.parameters import EXPRESSION
 
     first, second = bench.drawn(0), bench.drawn(1)
     wanted = second.scenes.expression.roll(1, 0)  # somebody else's: the person's own photo cannot give it away
     units = [unit.name for unit in EXPRESSION]
     known = ~bench.expression(first.photos[:1])[0].isnan()
+    named = [unit for unit, is_known in zip(units, known.tolist(), strict=True) if is_known]
     bench.total = 2 * bench.plan.people
     rows: dict[str, dict[str, float]] = {}
 
@@ -319,6 +331,7 @@ def expression(bench: Bench) -> Table:
         rows[name] = {
             "error": _error(found, goal),
             "correlation": float(correlation.mean()),
+            **{f"r {unit}": float(value) for unit, value in zip(named, correlation, strict=True)},
             "likeness": float(F.cosine_similarity(bench.who(pictures), first.judged).mean()),
         }
 
@@ -337,6 +350,53 @@ def expression(bench: Bench) -> Table:
     return Table(f"Expression by numbers: {bench.plan.people} people", rows)
 
 
+def restore(bench: Bench) -> Table:
+    """Photos damaged to three degrees: as they are (enlarged bicubically), and restored without anybody's face, with
+    the face of the damaged photo, and with that of another photo.
+    """
+    from facegen.errors import NoFaceFound
+    from facegen.restoration.degrade import LEVELS, degrade
+
+    first, second = bench.drawn(0), bench.drawn(1)
+    ways: dict[str, dict[str, Any]] = {
+        "without the adapter": {"strength": 0.0},
+        "restored": {},
+        "with another photo": {},
+    }
+    bench.total = len(LEVELS) * len(ways) * bench.plan.people
+    rows: dict[str, dict[str, float]] = {}
+    for degree, damage in LEVELS.items():
+        damaged = []
+        for row, photo in enumerate(second.photos):
+            generator = torch.Generator().manual_seed(bench.plan.seed * 100_003 + row)
+            damaged.append(degrade(photo, damage, generator))
+        rows[f"{degree}: bicubic"] = _restored(bench, damaged, second)
+        for name, fields in ways.items():
+            made, lost = [], 0
+            for row, photo in enumerate(damaged):
+                given = {"faces": (first.photos[row],)} if name == "with another photo" else fields
+                try:
+                    made.append(bench.make("restore", image=photo, select="largest", **given).images[0])
+                except NoFaceFound:  # so badly damaged that no face is seen: it stays as it is
+                    made.append(photo)
+                    lost += 1
+                    bench.skip()
+            rows[f"{degree}: {name}"] = {**_restored(bench, made, second), "no face found": lost / len(damaged)}
+    return Table(f"Restore: the photos of {bench.plan.people} people, damaged to three degrees", rows)
+
+
+def _restored(bench: Bench, made: Sequence[Image.Image], true: Drawn) -> dict[str, float]:
+    """How near pictures are to the undamaged photos: as numbers, as they look, and as a person."""
+    found, goal = (torch.stack([to_tensor(one) for one in pictures]) for pictures in (made, true.photos))
+    psnr = -10 * (found - goal).square().mean((1, 2, 3)).clamp(min=1e-10).log10()
+    distance = torch.cat([bench.judges.distance(a[None], b[None]) for a, b in zip(found, goal, strict=True)])
+    return {
+        "PSNR, dB": float(psnr.mean()),
+        "distance": float(distance.mean()),
+        "likeness": float(F.cosine_similarity(bench.who(made), true.judged).mean()),
+    }
+
+
 PROTOCOLS: Mapping[str, Callable[[Bench], Table]] = {
     "inpaint": inpaint,
     "swap": swap,
@@ -344,6 +404,7 @@ PROTOCOLS: Mapping[str, Callable[[Bench], Table]] = {
     "repair": repair,
     "sliders": sliders,
     "expression": expression,
+    "restore": restore,
 }
 
 

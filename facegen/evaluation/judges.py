@@ -29,6 +29,7 @@ from facegen.face.networks import (
     network,
 )
 from facegen.face.warp import aligned_crops
+from facegen.training.objectives.reconstruction import feature_loss
 from facegen.world.facts import FACTS
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets" / "mini"
@@ -116,6 +117,21 @@ class Judges:
         """Class of each pixel, (B, H, W) int64, index into ``facegen.world.render.PARSING``."""
         logits = self.parsing_net(_resized(images.to(self.device)) * 2 - 1)
         return F.interpolate(logits, images.shape[-2:], mode="bilinear").argmax(1)
+
+    @torch.no_grad()
+    def distance(self, images: Tensor, others: Tensor) -> Tensor:
+        """How differently pictures look, (B,): 0 for the same, as LPIPS without its learnt weights (Zhang et al. 2018),
+        in what the layers of the judge of attributes see.
+        """
+        layers, x = [], _resized(torch.cat([images, others]).to(self.device)) * 2 - 1
+        for layer in self.attributes_net.body:
+            x = layer(x)
+            layers.append(x)
+        rows = [
+            torch.cat([one[row : row + 1] for one in layer.chunk(2)]) for row in range(len(images)) for layer in layers
+        ]
+        found = [feature_loss(rows[i : i + len(layers)]) for i in range(0, len(rows), len(layers))]
+        return torch.stack(found)
 
     def to(self, device: torch.device | str) -> Judges:
         """Move all nets; returns these judges."""

@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from facegen.cli import MEASURES
-from facegen.evaluation.edits import PROTOCOLS, Plan, Table, run
+from facegen.errors import NoFaceFound
+from facegen.evaluation.edits import PROTOCOLS, SLIDERS, Plan, Table, run
+from facegen.evaluation.judges import load_judges
 from facegen.report import Likeness, Matched, Obedience, Report
 
 PLAN = Plan(people=3, steps=1, size=96)
@@ -42,7 +45,7 @@ def test_the_command_line_offers_every_protocol() -> None:
     assert set(PROTOCOLS) | {"likeness"} == set(MEASURES)
 
 
-@pytest.mark.parametrize("name", ["inpaint", "swap", "people", "repair", "expression"])
+@pytest.mark.parametrize("name", ["inpaint", "swap", "people", "repair", "expression", "restore"])
 def test_a_perfect_painter_gets_a_perfect_table(mini: Path, name: str) -> None:
     painter = Painter()
     seen: list[tuple[int, int]] = []
@@ -65,7 +68,15 @@ def test_a_perfect_painter_gets_a_perfect_table(mini: Path, name: str) -> None:
     elif name == "repair":
         assert (rows["as it is"]["prompt"], rows["repaired"]["prompt"]) == (0.5, 1)
         assert rows["repaired"]["pictures repaired"] == 1
+    elif name == "restore":
+        assert [len(rows), len(painter.asked)] == [12, 27]
+        assert rows["light: restored"].items() >= rows["light: bicubic"].items()  # the painter hands the photo back
+        assert rows["light: bicubic"]["PSNR, dB"] > rows["heavy: bicubic"]["PSNR, dB"] + 2
+        assert rows["light: bicubic"]["distance"] < rows["heavy: bicubic"]["distance"]
+        assert rows["light: bicubic"]["likeness"] > rows["heavy: bicubic"]["likeness"]
+        assert {fields.get("strength") for _, fields in painter.asked} == {None, 0.0}
     else:
+        assert -1 <= rows["adapter"]["r smile"] <= 1
         assert rows["drawn (ceiling)"]["error"] < rows["no control"]["error"] + 0.2
         assert rows["adapter"]["likeness"] > 0.8
         assert all(bool(fields["expression"]) == (place >= 3) for place, (_, fields) in enumerate(painter.asked))
@@ -78,3 +89,32 @@ def test_a_table_is_aligned_and_plain() -> None:
     assert len({len(line) for line in lines[1:]}) == 1
     assert lines[2].endswith("–")
     assert table.to_json()["rows"]["bb"]["x"] == 0.25
+
+
+def test_sliders_that_move_nothing_leave_the_matrix_at_zero(mini: Path) -> None:
+    rows = run("sliders", Painter(), PLAN, lambda done, total: None).rows
+    assert set(rows) == set(SLIDERS)
+    for name, row in rows.items():
+        assert row["same person"] == pytest.approx(1.0)
+        assert row["monotone"] == 1.0, name
+        assert all(value == 0 for column, value in row.items() if column not in ("same person", "monotone"))
+
+
+def test_a_photo_without_a_face_stays_damaged(mini: Path) -> None:
+    def blind(task: str, **fields: Any) -> Any:
+        raise NoFaceFound("There is no face.")
+
+    seen: list[tuple[int, int]] = []
+    rows = run("restore", blind, Plan(people=2, steps=1, size=96), lambda done, total: seen.append((done, total))).rows
+    assert rows["heavy: restored"] == {**rows["heavy: bicubic"], "no face found": 1.0}
+    assert seen[-1] == (18, 18)
+
+
+def test_the_distance_of_looks_is_zero_for_the_same_picture(mini: Path) -> None:
+    judges = load_judges(mini)
+    pictures = torch.rand(3, 3, 128, 128, generator=torch.Generator().manual_seed(1))
+    assert judges.distance(pictures, pictures).abs().max() < 1e-6
+    nearer, further = (judges.distance(pictures, pictures + level * 0.2) for level in (0.1, 1.0))
+    assert (nearer < further).all()
+    alone = judges.distance(pictures[:1], pictures[:1] * 0.5)
+    assert torch.allclose(alone, judges.distance(pictures, pictures * 0.5)[:1], atol=1e-5)
