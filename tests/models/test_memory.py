@@ -7,6 +7,7 @@ shape and a device, one of which is `cuda:0`, wherever the tests run.
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from facegen.conditions import Condition, ControlCondition, LoraCondition, LowRankWeights
 from facegen.denoise import Guidance, denoise
-from facegen.errors import NotEnoughMemory
+from facegen.errors import NotEnoughMemory, WrongRequest
 from facegen.lending import by_layer, lent, units
 from facegen.memory import Memory, MemoryPlan, Need, fitting, needed, weight
 from facegen.models.base import Model
@@ -213,3 +214,21 @@ def test_needs_are_read_off_a_network(folders: dict[str, Path]) -> None:
     assert 0 < need.layer < need.weights
     assert need.work > 0
     assert working(model.vae) > working(model.text_encoder) == 0
+
+
+def test_the_plan_is_a_field_and_a_flag(folders: dict[str, Path]) -> None:
+    from facegen.pipeline import Loading
+    from facegen.pipelines.generate import GeneratePipeline
+    from facegen.request import add_flags, from_flags
+
+    assert Loading().memory == "auto"
+    parser = argparse.ArgumentParser()
+    add_flags(parser, Loading)
+    for flag in ("--memory", "--offload"):
+        assert from_flags(Loading, parser.parse_args([flag, "sequential"])).memory == "sequential"
+    with pytest.raises(WrongRequest, match="memory cannot be 'sometimes'"):
+        Loading(memory="sometimes")
+    pipe = GeneratePipeline.from_pretrained(folders["sd15"], device="cpu", offload="model")
+    assert (pipe.model.memory.offload, pipe.model.memory.auto) == ("model", False)
+    chosen = GeneratePipeline.from_pretrained(folders["sd15"], device="cpu")
+    assert (chosen.model.memory.offload, chosen.model.memory.auto) == ("none", True)
