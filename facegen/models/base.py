@@ -145,7 +145,7 @@ class Model(ABC):
     @property
     def dtype(self) -> torch.dtype:
         """The UNet's precision."""
-        return self.unet.dtype
+        return next(self.unet.parameters()).dtype  # diffusers' own looks at every one, in each step
 
     @property
     def vae_factor(self) -> int:
