@@ -71,3 +71,20 @@ def parsing_guidance(
         return (differ * weight.to(seen)).sum((1, 2, 3))
 
     return GuidanceCondition(loss=loss, scale=scale, span=span)
+
+
+def light_guidance(
+    model: Model, side: float, points: Tensor, *, scale: Scale = 0.1, span: Span = (0.0, 1.0)
+) -> GuidanceCondition:
+    """Towards light that comes from a side: -1 the picture's left, 1 its right (facegen.face.light).
+
+    points (5, 2): where in the picture, in pixels, the face is.
+    """
+    from facegen.face.light import lean, lean_of
+
+    def loss(clean: Tensor, timestep: Tensor) -> Tensor:
+        pictures = model.decode(unit_gradient(clean))
+        where = points.to(pictures)[None].expand(len(pictures), -1, -1)
+        return (lean(pictures, where) - lean_of(side)).square()
+
+    return GuidanceCondition(loss=loss, scale=scale, span=span)

@@ -76,6 +76,10 @@ class GenerateRequest(PersonRequest):
         low=0.01, high=1, slider=(0.05, 1, 0.05), advanced=True,
     )  # fmt: skip
     where: Photo = photo("A picture, white where the person's adapters act; everywhere by default.", advanced=True)
+    light_from: Photo = photo("A photo, of anybody, from whose side of the face the light is to come.", advanced=True)
+    light_strength: float = number(
+        0.1, "How far each step goes towards that light.", low=0, high=5, slider=(0, 0.5, 0.01), advanced=True
+    )
     people: tuple[Asked, ...] = people(
         "Several people instead of faces: the photos of each and, if you like, the part of the picture they are in."
     )
@@ -109,6 +113,8 @@ class GenerateRequest(PersonRequest):
     def check(self) -> None:
         if self.people and self.faces:
             raise WrongRequest("faces are the photos of one person and people are several; give one of the two.")
+        if self.people and self.light_from is not None:
+            raise WrongRequest("light_from is for a portrait of one person; leave it out, or give faces, not people.")
         if len(self.controlnets) != len(self.control_images):
             raise WrongRequest(
                 f"There are {len(self.controlnets)} controlnets but {len(self.control_images)} control_images; give"
@@ -170,6 +176,7 @@ class GeneratePipeline(Pipeline[GenerateRequest]):
             *self._geometry(request, who, size),
             *self._controlled(request, size),
         ]
+        shaped += self._light(request, size)
         everything = [prompt, *who.conditions, *shaped, *loras, *conditions]
         everything += self._slid(request, everything)
         model: Any = self.host(request.adapters)
@@ -446,6 +453,21 @@ class GeneratePipeline(Pipeline[GenerateRequest]):
         else:
             points = (points + 0.5) * [size[1] / photo.width, size[0] / photo.height] - 0.5
         return draw_landmarks(points, (size[1], size[0]))[None]
+
+    def _light(self, request: GenerateRequest, size: tuple[int, int]) -> list[Condition]:
+        """What leads the light to the side from which it comes in the query photo, where a portrait's face is."""
+        if request.light_from is None or not request.light_strength:
+            return []
+        import torch
+
+        from facegen.face.light import side
+        from facegen.models.geometry import posed_points
+        from facegen.steering import light_guidance
+
+        photo = self.photo(request.light_from)
+        found = side(photo, self.one_face(photo, request.select, "the photo of the light"))
+        points = torch.from_numpy(posed_points(dict(request.pose), size)).float()
+        return [light_guidance(self.model, found, points, scale=request.light_strength)]
 
     def _slid(self, request: GenerateRequest, conditions: Sequence[Condition]) -> list[Condition]:
         """The last prompt of the run, moved by the sliders, and the learnt ones that act."""

@@ -307,3 +307,28 @@ def test_landmarks_come_from_a_photo_and_turn_with_the_pose(
     assert not np.allclose(posed_points({}, (64, 64), head), posed_points({}, (64, 64)), atol=0.1)
     with pytest.raises(WrongRequest, match="A pose needs"):
         pipe(prompt="x", pose={"yaw": 0.1}, **QUICK)
+
+
+def test_light_comes_from_a_photo(pipe: GeneratePipeline, drawn: Drawn) -> None:
+    from facegen.models.geometry import posed_points
+    from facegen.steering import light_guidance
+
+    # Darker towards one side: what the tiny detector's face is lit like.
+    fall = np.linspace(0.3, 1.0, 160)[None, :, None]
+    left = Image.fromarray((np.asarray(drawn(1)) * fall[:, ::-1]).astype(np.uint8))
+    call: dict[str, Any] = {"seed": 1, **QUICK}
+    plain = pipe(**call).images[0]
+    assert np.array_equal(pixels(plain), pixels(pipe(**call, light_from=left, light_strength=0.0).images[0]))
+    lit = pipe(**call, light_from=left, light_strength=1.0)
+    assert not np.array_equal(pixels(lit.images[0]), pixels(plain))
+    assert np.array_equal(pixels(lit.images[0]), pixels(pipe(lit.request).images[0]))
+    with pytest.raises(WrongRequest, match="one person"):
+        pipe(**call, light_from=left, people=[drawn(1), drawn(2)])
+
+    guidance = light_guidance(pipe.model, 0.8, torch.from_numpy(posed_points({}, (64, 64))).float())
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(2), requires_grad=True)
+    before = guidance.loss(latents, torch.tensor(0))
+    before.sum().backward()
+    assert latents.grad is not None
+    with torch.no_grad():
+        assert float(guidance.loss(latents - 0.05 * latents.grad, torch.tensor(0))) < float(before)
