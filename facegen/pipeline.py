@@ -111,6 +111,7 @@ class Loading(Request):
     def packs(self) -> bool:
         """Whether weights are packed: asked for, or nothing lost where the outcome is approximate anyway."""
         return self.packed or self.speed != "exact"
+
     commercial_only: bool = switch(
         False, "Refuse weights that may not be used commercially, and those that work only with such.", advanced=True
     )
