@@ -13,6 +13,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
+from facegen.eight_bits import Weights, check, shrink
 from facegen.errors import NotEnoughMemory, WrongRequest
 from facegen.lending import by_layer, lent, units
 
@@ -169,14 +170,19 @@ class Memory:
 
     auto: leave the device to what works ("model"), then to its layers ("sequential"), as soon as something new would
     not fit beside what is there. free: tells the bytes that can still be had on a device, None for as many as wished.
+    weights: how the networks that are placed keep theirs, see facegen.eight_bits.
     """
 
     plan: MemoryPlan
     auto: bool = False
     work: int = 0  # bytes of activations at the model's own picture size
     free: Callable[[torch.device], int | None] = free_memory
+    weights: Weights = "whole"
     _networks: WeakSet[nn.Module] = field(default_factory=WeakSet)
     _adapters: WeakSet[nn.Module] = field(default_factory=WeakSet)
+
+    def __post_init__(self) -> None:
+        check(self.weights, self.device)
 
     @classmethod
     def under(cls, plan: MemoryPlan | Memory) -> Memory:
@@ -223,6 +229,7 @@ class Memory:
 
     def place(self, network: nn.Module) -> None:
         """As the plan does it, after making room."""
+        shrink(network, self.weights)
         self._make_room(network)
         self._networks.add(network)
         self.plan.place(network)

@@ -91,6 +91,12 @@ class Loading(Request):
         ("auto", "none", "model", "sequential"), alias="offload", advanced=True,
     )  # fmt: skip
     tiling: bool = switch(False, "Decode large pictures in tiles.", advanced=True)
+    weights: str = choice(
+        "whole",
+        "How UNet, ControlNets and text encoders keep theirs: whole, or in eight bits (int8, fp8): less memory, slower,"
+        " and the pictures differ a little.",
+        ("whole", "int8", "fp8"), advanced=True,
+    )  # fmt: skip
     speed: str = choice(
         "exact", "What a run leaves out: nothing; guidance, control and depth where they matter least; or more of it.",
         ("exact", "fast", "fastest"), advanced=True,
@@ -334,8 +340,8 @@ class Pipeline(ABC, Generic[R]):
     def from_pretrained(cls: type[P], model: str | Path = "mini", **options: Any) -> P:
         """Load a base model: "mini", "sd15", "sdxl", a hub id, a diffusers folder or a single file.
 
-        options: the other fields of :class:`Loading` (pack, device, dtype, memory, tiling), dtype also as torch's;
-        memory also as offload.
+        options: the other fields of :class:`Loading` (pack, device, dtype, memory, tiling, weights), dtype also as
+        torch's; memory also as offload.
         """
         if "offload" in options:
             options["memory"] = options.pop("offload")
@@ -366,6 +372,7 @@ class Pipeline(ABC, Generic[R]):
             device=loading.device,
             offload=cast(Any, loading.memory),
             tiling=loading.tiling,
+            weights=cast(Any, loading.weights),
         )
         model.economy = preset(loading.speed)
         if loading.packs:

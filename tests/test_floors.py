@@ -26,7 +26,7 @@ FLOORS = (
     {"images", "hub", "checkpoints"},
     {"attention", "face", "restoration", "world"},
     {"conditions", "examples", "metadata", "look"},
-    {"economy", "few_steps"},
+    {"economy", "few_steps", "eight_bits"},
     {"models", "lending", "memory", "schedulers"},
     {"denoise"},
     {"patch", "steering"},

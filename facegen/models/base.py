@@ -19,6 +19,7 @@ from facegen.attention.backends import Backend, sdpa
 from facegen.attention.processor import AttentionContext, install
 from facegen.conditions import Condition, ControlCondition, LoraCondition, Pair, TextCondition
 from facegen.economy import EXACT
+from facegen.eight_bits import Weights, shrink
 from facegen.errors import CheckpointBroken, WeightsMissing, WrongBaseModel, WrongRequest
 from facegen.memory import Memory, MemoryPlan, Need, Placing
 from facegen.models import control, door, quick, single_file
@@ -87,18 +88,21 @@ class Model(ABC):
         offload: Placing = "none",
         tiling: bool = False,
         slicing: bool = False,
+        weights: Weights = "whole",
     ) -> Model:
         """A model by name ("mini", "sd15", "sdxl", a hub id), from a diffusers folder, or from one .safetensors/.ckpt
         file.
 
         Gives an SD15Model or SDXLModel, as the weights say. offload: see MemoryPlan; "auto" chooses by the memory that
-        is free. Raises WeightsMissing (nothing there, or a folder that lacks parts: all of them are listed),
+        is free. weights: how UNet, ControlNets and text encoders keep theirs, see facegen.eight_bits.
+        Raises WeightsMissing (nothing there, or a folder that lacks parts: all of them are listed),
         CheckpointBroken, WrongBaseModel (called on one class with weights of the other), NotEnoughMemory.
         """
         auto = offload == "auto"
         plan = MemoryPlan.choose(
             device, dtype, offload="none" if offload == "auto" else offload, tiling=tiling, slicing=slicing
         )
+        memory = Memory(plan, auto, weights=weights)
         path = locate(source)
         parts = single_file.load(path, plan.dtype) if path.is_file() else _from_folder(path, plan.dtype)
         kind = _kind(parts["unet"].config)
@@ -108,8 +112,9 @@ class Model(ABC):
             if isinstance(part, nn.Module):
                 _check_finite(part, name, path)
                 part.requires_grad_(False).eval()
-        memory = Memory(plan, auto)
         networks = {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
+        for part in networks.values():
+            shrink(part, weights)  # ahead of the choice of what fits
         memory.choose({name: Need.of(part, working(part)) for name, part in networks.items()})
         for part in networks.values():
             memory.place(part)
