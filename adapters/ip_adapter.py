@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from facegen.adapter import (
     beside_text,
     halves,
     ready,
+    said,
     seen,
     stacked,
     trainable,
@@ -70,6 +71,7 @@ class IPAdapter(Adapter):
 
     name = "ip_adapter"
     title = "IP-Adapter"
+    variants = get_args(Variant)
     sees = preprocessing("ip_adapter")
     pack = sees.pack  # only to find the face
     needs = frozenset({"face", "points", "photo"})
@@ -115,11 +117,16 @@ class IPAdapter(Adapter):
         return [path for place in places for path in super(IPAdapter, cls).find(place)]
 
     @classmethod
-    def from_pretrained(cls, source: str | Path, model: Model) -> IPAdapter:
-        """From one file, or a folder with one; `image_encoder/` is looked for in the folder and beside it."""
+    def from_pretrained(cls, source: str | Path, model: Model, *, variant: Variant | None = None) -> IPAdapter:
+        """From one file, or a folder with one; `image_encoder/` is looked for in the folder and beside it.
+
+        variant: where the keys leave it open (plus or plus-face), instead of what the file's name says. Raises
+        WrongRequest for one that the keys rule out.
+        """
         file = cls.choose(source, model)
         tensors = checkpoints.read(file)
-        variant = variant_of({key: tuple(value.shape) for key, value in tensors.items()}, file.name)
+        read = variant_of({key: tuple(value.shape) for key, value in tensors.items()}, file.name)
+        variant = said(variant, read, file, ("plus", "plus-face"))
         streams = Streams.from_tensors(section(tensors, "ip_adapter"), model, file, section="ip_adapter")
         projector = _projector(variant, section(tensors, "image_proj"), file)
         encoder = fitting_clip(file.parent, projector.input_dim, pooled=variant == "plain")

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from facegen.adapter import (
     given,
     halves,
     ready,
+    said,
     seen,
     stacked,
     trainable,
@@ -57,6 +58,7 @@ class IPAdapterFaceID(Adapter):
 
     name = "ip_adapter_faceid"
     title = "IP-Adapter-FaceID"
+    variants = get_args(Variant)
     sees = preprocessing("ip_adapter_faceid")
     pack = sees.pack
     needs = frozenset({"face"})
@@ -105,10 +107,12 @@ class IPAdapterFaceID(Adapter):
         it open (plus or plusv2; unnorm or InstantID), instead of what the file's name says. Raises WrongRequest for one
         that the keys rule out.
         """
-        file = Path(source).expanduser() if variant == "unnorm" else cls.choose(source, model)
+        file = Path(source).expanduser()
+        latents = file.is_file() and "image_proj.latents" in checkpoints.shapes(file)
+        file = file if variant == "unnorm" and latents else cls.choose(source, model)
         tensors = checkpoints.read(file)
         shapes = {key: tuple(value.shape) for key, value in tensors.items()}
-        variant = _said(variant, variant_of(shapes, file.name), file)
+        variant = said(variant, variant_of(shapes, file.name), file, ("plus", "plusv2"))
         streams = Streams.from_tensors(section(tensors, "ip_adapter"), model, file, section="ip_adapter")
         projector = _projector(variant, section(tensors, "image_proj"), file)
         clip = None
@@ -214,12 +218,6 @@ class IPAdapterFaceID(Adapter):
         face = seen(faces, "IP-Adapter-FaceID-Plus looks at the photo; give one, not an embedding alone.")
         crop = np.asarray(norm_crop(face.image, face.points, self.clip.size))
         return replace(request, clip=self.clip.pixels(crop))
-
-
-def _said(said: Variant | None, read: Variant, file: Path) -> Variant:
-    if said is None or said == read or {said, read} == {"plus", "plusv2"}:
-        return said or read
-    raise WrongRequest(f"{file} is a file of the variant {read}, by its keys, not {said}; leave the variant out.")
 
 
 def variant_of(shapes: Shapes, file_name: str) -> Variant:

@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Protocol, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from facegen.models.base import Model
 
 logger = logging.getLogger(__name__)
+V = TypeVar("V", bound=str)
 
 
 class FaceLike(Protocol):
@@ -125,7 +126,8 @@ class Adapter(ABC):
     name: the file's name, by which it is loaded; title: as people write it; pack: the face pack it was made for.
     needs: "face" (an embedding), "points" and "photo" (a SeenFace). writes_prompt: its conditions hold the prompt.
     knows: which of AdapterRequest's edits, manner, expression, normals, reference it understands; together: how many
-    people it can bring into one picture by itself, see `conditions_together`.
+    people it can bring into one picture by itself, see `conditions_together`. variants: what `from_pretrained` takes as
+    `variant`, for files whose keys leave it open.
     """
 
     name: ClassVar[str]
@@ -134,6 +136,7 @@ class Adapter(ABC):
     needs: frozenset[str]
     writes_prompt: ClassVar[bool] = False
     together: ClassVar[int] = 1
+    variants: ClassVar[tuple[str, ...]] = ()
 
     @property
     def knows(self) -> frozenset[str]:
@@ -339,6 +342,13 @@ def trainable(module: nn.Module, model: Model) -> None:
     module.to(model.device, torch.float32).requires_grad_(True).train()
 
 
+def said(asked: V | None, read: V, file: Path, alike: tuple[V, V]) -> V:
+    """The variant of a file that is `read` by keys and name: as asked where both are among those with `alike` keys."""
+    if asked is None or asked == read or {asked, read} == set(alike):
+        return asked or read
+    raise WrongRequest(f"{file} is a file of the variant {read}, by its keys, not {asked}; leave the variant out.")
+
+
 def _held(value: object) -> Iterator[nn.Module]:
     """The nets in an adapter's fields; not the weights of its streams, which `Model.prepare` lends, nor ControlNets."""
     if isinstance(value, nn.Module):
@@ -369,13 +379,27 @@ def find_adapters() -> dict[str, type[Adapter]]:
     return found
 
 
-def load_adapter(source: str | Path, model: Model) -> Adapter:
+def load_adapter(source: str | Path, model: Model, *, variant: str | None = None) -> Adapter:
     """By name ("instantid"), by folder or by file; the family is detected from the keys.
 
-    A name is looked for beside the model (`adapters/<name>` beside the embedded base), then by the hub. Raises
-    WeightsMissing, WrongAdapter, CheckpointBroken, WrongBaseModel.
+    A name is looked for beside the model (`adapters/<name>` beside the embedded base), then by the hub. variant: which
+    one the file is where its keys leave that open ("plusv2"), instead of what its name says; also in the source itself,
+    "face.bin=plusv2". Raises WeightsMissing, WrongAdapter, CheckpointBroken, WrongBaseModel, WrongRequest (variant).
     """
-    return load(source, model)[0]
+    return load(with_variant(source, variant), model)[0]
+
+
+def with_variant(source: str | Path, variant: str | None) -> str:
+    """A source with the variant it is said to be, "face.bin=plusv2"; as it is without one."""
+    return str(source) if variant is None else f"{source}={variant}"
+
+
+def told_variant(source: str | Path) -> tuple[str, str | None]:
+    """What `with_variant` put together; a path that is there, or whose last part has a suffix, is whole."""
+    told = str(source)
+    name, equals, variant = told.rpartition("=")
+    whole = not equals or not name or "/" in variant or Path(variant).suffix in checkpoints.SUFFIXES
+    return (told, None) if whole or Path(told).expanduser().exists() else (name, variant)
 
 
 def load(source: str | Path, model: Model, *, commercial_only: bool = False) -> tuple[Adapter, Path]:
@@ -386,6 +410,7 @@ def load(source: str | Path, model: Model, *, commercial_only: bool = False) -> 
     """
     from facegen import hub
 
+    source, variant = told_variant(source)
     path = Path(source).expanduser()
     kind = None
     if not path.exists():
@@ -401,9 +426,28 @@ def load(source: str | Path, model: Model, *, commercial_only: bool = False) -> 
                 hub.check_commercial(name)
             path = hub.resolve(name)
     kind = kind or recognise(path)
+    if variant is not None:
+        kind = _of_variant(kind, variant, source)
     if commercial_only and not hub.own(path):
-        hub.check_commercial_family(kind.name, str(describe(path).sizes.get("variant")))
+        hub.check_commercial_family(kind.name, variant or str(describe(path).sizes.get("variant")))
+    if variant is not None:
+        return cast(Any, kind).from_pretrained(path, model, variant=variant), path
     return kind.from_pretrained(path, model), path
+
+
+def _of_variant(kind: type[Adapter], variant: str, source: str) -> type[Adapter]:
+    """The family that has this variant: the file's own by its keys, else the only one; WrongRequest."""
+    if variant in kind.variants:
+        return kind
+    others = [one for one in find_adapters().values() if variant in one.variants]
+    if len(others) == 1:
+        return others[0]
+    there = f"; there are: {', '.join(kind.variants)}" if kind.variants else "s to choose from; leave it out"
+    raise WrongRequest(
+        f"{source} is a file of {kind.title}, which has no variant"
+        + (f" {variant!r}" if kind.variants else "")
+        + f"{there} (how strongly it acts is said by strength)."
+    )
 
 
 def recognise(path: Path) -> type[Adapter]:

@@ -135,7 +135,8 @@ class PersonRequest(Request):
     negative_prompt: str = text("", "What the picture should not show.", lines=2)
     adapters: tuple[str, ...] = names(
         (),
-        "How the person is brought in: arc2face, instantid, ip_adapter_faceid, a folder or a file; several act as one.",
+        "How the person is brought in: arc2face, instantid, ip_adapter_faceid, a folder or a file; several act as one."
+        " face.bin=plusv2 says which variant a file is, where its keys leave that open.",
     )
     strength: Strengths | None = strengths(
         None, "How strongly: a number, a curve over the steps, or these by adapter; the adapter's own by default.",
@@ -395,15 +396,17 @@ class Pipeline(ABC, Generic[R]):
         """The names of the loaded adapters."""
         return tuple(self.loaded.adapters)
 
-    def load_adapter(self, source: str | Path, name: str | None = None) -> str:
+    def load_adapter(self, source: str | Path, name: str | None = None, *, variant: str | None = None) -> str:
         """Load an adapter by name, folder or file (its family is read off its keys) and return the name it goes by.
 
-        name: for a second adapter of one family.
-        Raises WeightsMissing, CheckpointBroken, WrongAdapter or WrongBaseModel; NotCommercial for a pipeline that was
-        loaded with commercial_only.
+        name: for a second adapter of one family. variant: which one the file is, where its keys leave that open
+        ("plusv2"); the source may say it too, "face.bin=plusv2", as adapters of a request and --adapters do.
+        Raises WeightsMissing, CheckpointBroken, WrongAdapter or WrongBaseModel; WrongRequest for a variant that there
+        is not; NotCommercial for a pipeline that was loaded with commercial_only.
         """
         from facegen import adapter as contract
 
+        source = contract.with_variant(source, variant)
         adapter, path = contract.load(source, self.model, commercial_only=self.loaded.loading.commercial_only)
         if self.loaded.loading.packs:
             from facegen.models import packed
@@ -587,10 +590,12 @@ class Pipeline(ABC, Generic[R]):
         return tuple(self._wear(name) for name in asked) if asked else self.adapters
 
     def _wear(self, name: str) -> str:
-        for called, worn in self.loaded.adapters.items():
-            if name in (called, worn.source):
-                return called
-        return self.load_adapter(name)
+        from facegen.adapter import told_variant
+
+        known = {told_variant(worn.source)[0]: called for called, worn in self.loaded.adapters.items()}
+        known |= {worn.source: called for called, worn in self.loaded.adapters.items()}
+        known |= {called: called for called in self.loaded.adapters}
+        return known[name] if name in known else self.load_adapter(name)
 
     def control(self, name: str) -> Any:
         """The expression adapter, or the geometry of a kind, that belongs to the model; loaded once.

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from facegen.adapter import AdapterRequest, load_adapter
+from facegen.adapter import AdapterRequest, load_adapter, told_variant
 from facegen.adapters.ip_adapter_faceid import IPAdapterFaceID, Projector, Variant
 from facegen.conditions import TokenCondition
 from facegen.errors import CheckpointBroken, WrongAdapter, WrongRequest
@@ -298,3 +298,46 @@ def test_the_user_says_what_keys_and_name_do_not(
     if variant.variant != "unnorm":
         with pytest.raises(WrongRequest, match="by its keys, not unnorm"):
             IPAdapterFaceID.from_pretrained(file, model, variant="unnorm")
+
+
+@pytest.mark.parametrize("said", ["plus", "plusv2"])
+def test_the_variant_is_said_where_the_keys_leave_it_open(
+    said: Variant, model: Model, clip: ClipView, clip_folder: Path, tmp_path: Path
+) -> None:
+    """As a keyword, in the source, for a file as for its folder; what the name says does not count then."""
+    saved = made("plus" if said == "plusv2" else "plusv2", model, clip).save(tmp_path / "models")
+    shutil.copytree(clip_folder, tmp_path / "models" / "image_encoder")
+    for adapter in (
+        load_adapter(saved, model, variant=said),
+        load_adapter(f"{saved}={said}", model),
+        load_adapter(f"{saved.parent}={said}", model),
+    ):
+        assert isinstance(adapter, IPAdapterFaceID)
+        assert adapter.variant == said
+
+
+def test_an_unnormalised_file_under_any_name(model: Model, clip: ClipView, tmp_path: Path) -> None:
+    """By its keys it is InstantID's."""
+    saved = made("unnorm", model, clip).save(tmp_path)
+    adapter = load_adapter(saved.rename(tmp_path / "mine.bin"), model, variant="unnorm")
+    assert isinstance(adapter, IPAdapterFaceID)
+    assert adapter.variant == "unnorm"
+
+
+def test_a_wrong_variant_is_one_sentence(model: Model, clip: ClipView, tmp_path: Path) -> None:
+    saved = made("faceid", model, clip).save(tmp_path)
+    with pytest.raises(WrongRequest, match="FaceID, which has no variant 'plusv3'; there are: faceid, plus,"):
+        load_adapter(saved, model, variant="plusv3")
+    with pytest.raises(WrongRequest, match=r"no variant '0\.8'.*is said by strength"):
+        load_adapter(f"{saved}=0.8", model)
+    with pytest.raises(WrongRequest, match="variant faceid, by its keys, not plusv2; leave the variant out"):
+        load_adapter(saved, model, variant="plusv2")
+
+
+def test_a_path_that_holds_an_equals_sign_is_whole(tmp_path: Path) -> None:
+    there = tmp_path / "a=b"
+    there.mkdir()
+    for whole in (there, there / "face.bin", Path("lr=3/face.bin"), Path("instantid")):
+        assert told_variant(whole) == (str(whole), None)
+    assert told_variant(f"{there}=plus") == (str(there), "plus")
+    assert told_variant("lr=3/face.bin=plusv2") == ("lr=3/face.bin", "plusv2")

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from facegen import metadata
+from facegen.cli import command_line
 from facegen.errors import BadImage, Cancelled, FacegenError, NoFaceFound, WeightsMissing, WrongRequest
 from facegen.pipeline import Progress, Watch, rebuild
 from facegen.pipelines.generate import GeneratePipeline, GenerateRequest
@@ -332,3 +333,17 @@ def test_light_comes_from_a_photo(pipe: GeneratePipeline, drawn: Drawn) -> None:
     assert latents.grad is not None
     with torch.no_grad():
         assert float(guidance.loss(latents - 0.05 * latents.grad, torch.tensor(0))) < float(before)
+
+
+def test_a_variant_is_said_in_the_request_and_comes_back(pipe: GeneratePipeline, tiny: Path, me: Path) -> None:
+    """As adapters of a call; the record loads it so again, and the loaded one answers to its path and its name."""
+    (file,) = (tiny / "adapters" / "ip_adapter_faceid").iterdir()
+    with pytest.raises(WrongRequest, match="no variant 'plusv3'"):
+        pipe(faces=me, adapters=f"{file}=plusv3", seed=1, **QUICK)
+    (picture,) = pipe(faces=me, adapters=f"{file}=faceid", seed=1, **QUICK).images
+    assert pipe._wear(str(file)) == pipe._wear(f"{file}=faceid") == "ip_adapter_faceid"
+    assert picture.record is not None
+    assert f"--adapters {file}=faceid" in command_line(picture.record)
+    pipe.unload_adapter("ip_adapter_faceid")
+    pipe.load_recorded_adapters(picture.record)
+    assert pipe.adapters == ("ip_adapter_faceid",)
