@@ -729,6 +729,11 @@ def _again(record: Any, arguments: argparse.Namespace) -> int:
     from facegen.images import load_rgb
     from facegen.pipeline import rebuild, task
 
+    if record.noise:
+        raise WrongRequest(
+            f"The picture began with {record.noise}, so it cannot be made again from its seed alone; give that noise as"
+            " latents= to the pipeline in Python."
+        )
     loading, request = rebuild(record)
     for recorded in record.photos():
         if complaint := metadata.changed(recorded, examples.photo):
@@ -810,6 +815,7 @@ def _story(record: Any) -> list[tuple[str, str]]:
         ("made by", f"facegen {record.version} (AI-generated)"),
         ("picture", f"number {record.index + 1} of its call"),
     ]
+    told += [("noise", record.noise)] if record.noise else []
     told += [("photo", f"{one.get('path') or 'not a file'}  {_short(one)}") for one in record.photos()]
     told.append(("model", f"{record.loaded.get('model')}  {_short(record.loaded)}"))
     told += [("adapter", f"{name}  {_short(one)}") for name, one in record.loaded.get("adapters", {}).items()]

@@ -45,7 +45,8 @@ class Record:
     """One picture's origin, as plain data.
 
     pipeline: the file of pipelines/ that made it ("generate"); loaded: model, adapters and their checksums, precision;
-    request: the fields of the request, photos as {"path", "sha256"}; index: which of the request's pictures this is.
+    request: the fields of the request, photos as {"path", "sha256"}; index: which of the request's pictures this is;
+    noise: what is known of noise that was given instead of the seed's, else empty.
     """
 
     pipeline: str
@@ -54,6 +55,7 @@ class Record:
     index: int = 0
     report: Mapping[str, Any] = field(default_factory=dict)
     version: str = __version__
+    noise: str = ""
 
     def photos(self) -> list[dict[str, Any]]:
         """The records of all photos of the request: {"path", "sha256"} each."""
@@ -83,7 +85,7 @@ class Record:
         try:
             values = json.loads(text)
             known = {name: values[name] for name in ("pipeline", "loaded", "request", "index", "report", "version")}
-            record = cls(**known)
+            record = cls(**known, noise=str(values.get("noise", "")))  # older pictures do not have it
         except (ValueError, KeyError, TypeError) as error:
             raise NoMetadata(f"The metadata of {where} is damaged; facegen cannot rebuild its call.") from error
         if not isinstance(record.request, dict) or not isinstance(record.loaded, dict):

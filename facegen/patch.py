@@ -13,6 +13,7 @@ from facegen import schedulers
 from facegen.conditions import ChannelsCondition, Condition, KeepCondition, pair
 from facegen.denoise import Guidance, OnStep, denoise, noise
 from facegen.errors import WrongRequest
+from facegen.given_noise import instead
 from facegen.models.base import Model
 
 _MARKED = 0.02  # below this a mask is only the soft edge of one that was cut out and resized
@@ -23,12 +24,14 @@ class Run:
     """How a picture is made: the scheduler's name, how many steps, which guidance.
 
     change: 1 starts from noise alone, less from the picture with less noise on it, 0 changes nothing.
+    noise: of unit variance (B, C, h, w), in place of what the generators draw.
     """
 
     scheduler: str = schedulers.OWN
     steps: int = 30
     guidance: Guidance = field(default_factory=Guidance)
     change: float = 1.0
+    noise: Tensor | None = None
 
 
 def latent_mask(model: Model, hole: Tensor) -> Tensor:
@@ -78,7 +81,8 @@ def repaint(
     scheduler = schedulers.build(
         run.scheduler, model.scheduler_config, run.steps, strength=run.change, device=model.device
     )
-    start = noise(model.latent_shape(height, width), generators, device=model.device, dtype=model.dtype)
+    drawn = noise(model.latent_shape(height, width), generators, device=model.device, dtype=model.dtype)
+    start = instead(drawn, run.noise)
     kept = hole_conditions(model, picture, hole, start)
     photo = None if run.change >= 1.0 else model.encode_image(picture[None]).expand(len(start), -1, -1, -1)
     latents = denoise(

@@ -193,6 +193,12 @@ class PersonRequest(Request):
         1, "How many pictures are made at once; with 1 each is the same to the last bit in any company.",
         low=1, high=256, advanced=True,
     )  # fmt: skip
+    # No field of a form or a command line: a tensor (N, C, h, w) of unit variance, one row for each picture.
+    latents: torch.Tensor | None = field(default=None, compare=False, repr=False)
+
+    def noise_of(self, places: Sequence[int]) -> torch.Tensor | None:
+        """The given noise (B, C, h, w) of the pictures at these places; None where the seed draws it."""
+        return None if self.latents is None else self.latents[list(places)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -473,23 +479,33 @@ class Pipeline(ABC, Generic[R]):
         request: R | None = None,
         *,
         conditions: Sequence[Condition] = (),
+        latents: torch.Tensor | None = None,
         on_progress: Callable[[Progress], None] | None = None,
         cancelled: Callable[[], bool] | None = None,
         **fields: Any,
     ) -> Output[R]:
         """Make the pictures of a request, given whole or as keywords (which also override a given one's fields).
 
-        conditions: more of your own, beside those that the request asks for. on_progress: told after each step.
+        conditions: more of your own, beside those that the request asks for. latents: noise to start from instead of
+        the seed's, (N, C, h, w) of unit variance, one row for each picture. on_progress: told after each step.
         cancelled: asked after each step; when it says True the call ends in :class:`Cancelled`.
         """
-        asked = self.resolve(self.request(request, fields))
+        asked = self.resolve(self.request(request, fields, latents))
         made = list(self.stream(asked, conditions, Watch(on_progress=on_progress, cancelled=cancelled)))
         return Output([image for image, _ in made], [report for _, report in made], asked)
 
-    def request(self, request: R | None, fields: Mapping[str, Any]) -> R:
-        """One request from a given one and the fields that override it."""
+    def request(self, request: R | None, fields: Mapping[str, Any], latents: torch.Tensor | None = None) -> R:
+        """One request from a given one and the fields that override it; latents: as of a call."""
+        from facegen.given_noise import checked
+
         given = {} if request is None else {name: getattr(request, name) for name in specs(type(request))}
-        return cast(R, make(self.request_class, {**given, **fields}))
+        made: Any = make(self.request_class, {**given, **fields})
+        latents = getattr(request, "latents", None) if latents is None else latents
+        if latents is not None:
+            if not isinstance(made, PersonRequest):
+                raise WrongRequest(f"{self.name} does not start from noise; leave latents out.")
+            made = replace(made, latents=checked(latents, made.num_images_per_prompt))
+        return cast(R, made)
 
     def stream(
         self,
@@ -500,10 +516,14 @@ class Pipeline(ABC, Generic[R]):
     ) -> Iterator[tuple[metadata.Picture, Report]]:
         """The pictures one by one as they are finished, or only those at `indices`; `request` must be resolved."""
         from facegen import metadata
+        from facegen.given_noise import told
 
         watch = watch or Watch()
         record = metadata.Record(
-            pipeline=self.name, loaded=self._loaded_json(request), request=self._request_json(request)
+            pipeline=self.name,
+            loaded=self._loaded_json(request),
+            request=self._request_json(request),
+            noise=told(getattr(request, "latents", None)),
         )
         began = time.perf_counter()
         for painted in self.paint(request, conditions, watch, indices):
@@ -913,7 +933,7 @@ class Pipeline(ABC, Generic[R]):
                 picture,
                 hole,
                 [prompt, *conditions, *loras],
-                run,
+                replace(run, noise=request.noise_of(batch)),
                 self.generators(request.seed, batch),
                 self.on_step(watch, done, len(batch), total),
             )

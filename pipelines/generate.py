@@ -212,6 +212,7 @@ class GeneratePipeline(Pipeline[GenerateRequest]):
         """Latents (B, 4, h, w) of the pictures at these places."""
         from facegen import schedulers
         from facegen.denoise import Guidance, denoise, noise
+        from facegen.given_noise import instead
 
         assert request.seed is not None
         generators = self.generators(request.seed, batch)
@@ -230,7 +231,8 @@ class GeneratePipeline(Pipeline[GenerateRequest]):
             strength=change,
             device=self.model.device,
         )
-        start = noise(self.model.latent_shape(*size), generators, device=self.model.device, dtype=self.model.dtype)
+        drawn = noise(self.model.latent_shape(*size), generators, device=self.model.device, dtype=self.model.dtype)
+        start = instead(drawn, request.noise_of(batch))
         looks = self._character(request, size, conditions, start)
         return denoise(
             model,
@@ -584,15 +586,17 @@ class GeneratePipeline(Pipeline[GenerateRequest]):
         """
         from facegen.denoise import Guidance, noise
         from facegen.face.paste import blend, feather
+        from facegen.given_noise import instead
         from facegen.images import to_pil, to_tensor
         from facegen.patch import Run, repaint
 
         assert request.seed is not None
         pixels, answer, mask = painted
         shape = self.model.latent_shape(pixels.shape[-2], pixels.shape[-1])
-        start = noise(shape, self.generators(request.seed, (place,)), device=self.model.device, dtype=self.model.dtype)
+        drawn = noise(shape, self.generators(request.seed, (place,)), device=self.model.device, dtype=self.model.dtype)
+        start = instead(drawn, request.noise_of((place,)))
         looks = self._look(request, answer, conditions, start, 1.0, mask)
-        run = Run(request.scheduler, request.num_inference_steps, Guidance(request.guidance_scale))
+        run = Run(request.scheduler, request.num_inference_steps, Guidance(request.guidance_scale), noise=start)
         generators = self.generators(request.seed, (place,))
         made = repaint(self.model, pixels.float().cpu(), mask, [*conditions, *looks], run, generators)[0]
         soft = feather(mask, 0.015 * max(pixels.shape[-2:]))

@@ -129,6 +129,8 @@ class RestorePipeline(Pipeline[RestoreRequest]):
             title = self._restorer(request.restorer).title
             if request.adapters:
                 raise WrongRequest(f"{title} takes no adapter; leave '{request.adapters[0]}' out, or take diffusion.")
+            if request.latents is not None:
+                raise WrongRequest(f"{title} does not start from noise; leave latents out, or take diffusion.")
             return ()
         can_carry = bool(request.adapters or self.loaded.adapters) or self.loaded.assets is not None
         whose = request.faces or ((request.image,) if can_carry else ())
