@@ -117,7 +117,8 @@ class PhotoMaker(Adapter):
     def from_pretrained(cls, source: str | Path, model: Model, *, heads: int | None = None) -> PhotoMaker:
         """From `photomaker-v1.bin` or `photomaker-v2.bin` (or .safetensors), or a folder with one of them.
 
-        heads: of the image encoder, which no file tells; None for as many as are 64 wide, as in the published ones.
+        heads: of the image encoder, which no file tells; None for that of the published encoder of its width. Raises
+        WrongRequest where there is no such encoder.
         """
         file = cls.choose(source, model)
         tensors = checkpoints.read(file)

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from facegen.checkpoints import Shapes, count
-from facegen.errors import CheckpointBroken, WeightsMissing, WrongAdapter
+from facegen.errors import CheckpointBroken, WeightsMissing, WrongAdapter, WrongRequest
 from facegen.models.resampler import by_photo
 from facegen.models.streams import dtype_of
 from facegen.preprocessing import preprocessing
@@ -27,7 +27,7 @@ CLIP_VIEW = preprocessing("ip_adapter").sight
 CLIP_WIDTHS = (768, 1024, 1280, 1664)  # of patch tokens: what reads such looks at pictures, not at face embeddings
 FACE_WIDTH = 512  # of every published recogniser's embedding
 EXPRESSION_WIDTH = 55  # numbers of a face's expression: what reads such belongs to Arc2Face
-HEAD_WIDTH = 64  # of every published CLIP encoder but ViT-H's, whose configuration lies beside its weights
+HEADS = {768: 12, 1024: 16, 1280: 16, 1664: 16}  # of the published picture encoders (ViT-B, -L, -H, -bigG) by width
 
 
 def clip_pixels(picture: np.ndarray) -> Tensor:
@@ -206,17 +206,26 @@ def load_clip_from(place: Path) -> CLIPVisionModelWithProjection:
 def vision_config(shapes: Shapes, heads: int | None = None) -> CLIPVisionConfig:
     """The configuration of an OpenAI CLIP encoder inside a file, from its shapes without the prefix `vision_model.`.
 
-    heads: their number is not written there; None for heads of 64. Raises KeyError for a key that is missing.
+    heads: their number is not written there; None for that of the published encoder of this width. Raises KeyError for
+    a key that is missing, WrongRequest where the heads cannot be told or do not divide the width.
     """
     from transformers import CLIPVisionConfig
 
     hidden, _, patch, _ = shapes["embeddings.patch_embedding.weight"]
     patches = shapes["embeddings.position_embedding.weight"][0] - 1
+    heads = HEADS.get(hidden) if heads is None else heads
+    if heads is None:
+        raise WrongRequest(
+            f"The image encoder in the file is {hidden} wide, as no published one is, and the file does not say how"
+            " many heads it has; give heads=, as in PhotoMaker.from_pretrained(file, model, heads=2)."
+        )
+    if heads < 1 or hidden % heads:
+        raise WrongRequest(f"An image encoder {hidden} wide cannot have {heads} heads; they must divide its width.")
     return CLIPVisionConfig(
         hidden_size=hidden,
         intermediate_size=shapes["encoder.layers.0.mlp.fc1.weight"][0],
         num_hidden_layers=count(shapes, "encoder.layers"),
-        num_attention_heads=heads or max(hidden // HEAD_WIDTH, 1),
+        num_attention_heads=heads,
         image_size=round(patches**0.5) * patch,
         patch_size=patch,
     )

@@ -95,7 +95,7 @@ class StackedID(nn.Module):
 
     @classmethod
     def from_shapes(cls, shapes: Shapes, heads: int | None = None) -> StackedID:
-        """heads: of the image encoder; None for heads of 64. Raises KeyError for a key that is missing."""
+        """heads: of the image encoder, see `vision_config`. Raises KeyError for a key that is missing, WrongRequest."""
         widths = shapes["visual_projection.weight"][0], shapes["visual_projection_2.weight"][0]
         parts = section(shapes, "qformer_perceiver")
         with _within("qformer_perceiver"):

@@ -149,7 +149,9 @@ def small(name: str, model: Model, home: Path, dim: int) -> dict[str, Any]:
         projector = PeopleProjection(ProjectionSizes(dim, 8, 2, width), read, read, queries=3)
         return {"clip": ClipView(load_clip(home), bgr=False), "projector": projector, "rank": 2}
     if name == "photomaker":
-        return {"vision": CLIPVisionConfig(**VISION), "rank": 2}
+        # As wide as the published one: the file does not say how many heads another has.
+        wide = {"hidden_size": 1024, "num_hidden_layers": 1, "num_attention_heads": 16}
+        return {"vision": CLIPVisionConfig(**VISION | wide), "rank": 2}
     if name == "pulid":
         tower = EvaTower.from_file(home / "eva02-clip-l-336/EVA02_CLIP_L_336_psz14_s6B.pt")
         sizes = TokenSizes(dim + EVA.output, EVA.width, (8, 8), (8, 8), 64, width, own=2, queries=3, depth=5)

@@ -155,6 +155,8 @@ def adapter(name: str, model: Any, folder: Path, **more: Any) -> Any:
         from facegen import checkpoints
 
         checkpoints.write(folder / "EVA02_CLIP_L_336_psz14_s6B.pt", tower)
+    if name == "photomaker":
+        return type(made).from_pretrained(path, model, heads=PHOTOMAKER_CLIP["num_attention_heads"])
     return load_adapter(path, model)
 
 

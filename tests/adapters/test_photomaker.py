@@ -17,7 +17,7 @@ from facegen.adapters.photomaker import PhotoMaker, Version, expanded, phrase, w
 from facegen.conditions import LoraCondition, TextCondition
 from facegen.errors import CheckpointBroken, WrongBaseModel, WrongRequest
 from facegen.models.base import Model
-from facegen.models.clip import centre
+from facegen.models.clip import centre, vision_config
 from facegen.models.sdxl import SDXLModel
 
 DIM = 18
@@ -38,10 +38,10 @@ def call(model: Model, calls: Callable[[Model], Call]) -> Call:
     return calls(model)
 
 
-def made(version: Version, model: Model) -> PhotoMaker:
+def made(version: Version, model: Model, width: int = 1024, heads: int = 16) -> PhotoMaker:
     from transformers import CLIPVisionConfig
 
-    sizes = {"hidden_size": 24, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 1}
+    sizes = {"hidden_size": width, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": heads}
     vision = CLIPVisionConfig(**sizes, image_size=112, patch_size=56)
     adapter = PhotoMaker.fresh(model, DIM, version=version, vision=vision, rank=2)
     generator = torch.Generator().manual_seed(1)
@@ -222,3 +222,24 @@ def test_beside_another_adapter(
     assert torch.allclose(both, call([*other, *mine]), atol=1e-5)
     assert not torch.allclose(both, call(mine), atol=1e-4)
     assert torch.equal(call([*mine, *(replace(one, scale=0.0) for one in other)]), call(mine))
+
+
+def test_heads_that_no_published_encoder_has_must_be_said(model: SDXLModel, tmp_path: Path) -> None:
+    saved = made("v1", model, width=24, heads=3).save(tmp_path)
+    with pytest.raises(WrongRequest, match=r"24 wide, .* does not say how many heads it has; give heads="):
+        load_adapter(saved, model)
+    with pytest.raises(WrongRequest, match="24 wide cannot have 5 heads; they must divide its width"):
+        PhotoMaker.from_pretrained(saved, model, heads=5)
+    read = PhotoMaker.from_pretrained(saved, model, heads=3)
+    assert read.encoder.vision_model.config.num_attention_heads == 3
+
+
+@pytest.mark.parametrize(("width", "heads"), [(1024, 16), (1280, 16)])
+def test_heads_of_the_published_encoders(width: int, heads: int) -> None:
+    """By their shapes alone; ViT-H's heads are 80 wide."""
+    shapes = {
+        "embeddings.patch_embedding.weight": (width, 3, 14, 14),
+        "embeddings.position_embedding.weight": (257, width),
+        "encoder.layers.0.mlp.fc1.weight": (4 * width, width),
+    }
+    assert vision_config(shapes).num_attention_heads == heads
