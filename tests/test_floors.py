@@ -27,7 +27,7 @@ FLOORS = (
     {"attention", "face", "restoration", "world"},
     {"conditions", "examples", "metadata", "look"},
     {"economy", "few_steps", "eight_bits"},
-    {"models", "lending", "memory", "schedulers"},
+    {"models", "lending", "memory", "schedulers", "given_noise"},
     {"denoise"},
     {"patch", "steering"},
     {"adapter", "adapters"},
