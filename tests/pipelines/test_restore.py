@@ -172,6 +172,7 @@ def test_the_command_line(
         ({"restorer": "foreign"}, WrongAdapter, "is a ParseNet face parsing network, not a restoration network"),
         ({"parsing": "gan"}, WrongAdapter, "is a GFPGAN, not a face parsing network"),
         ({"restorer": "gan", "adapters": ("instantid",)}, WrongRequest, "GFPGAN takes no adapter"),
+        ({"restorer": "gan", "latents": torch.zeros(1, 4, 8, 8)}, WrongRequest, "GFPGAN does not start from noise"),
         ({"fidelity": 1.5}, WrongRequest, "fidelity must be from 0 to 1"),
         ({"upscale": 9}, WrongRequest, "upscale must be from 1 to 4"),
     ],
