@@ -59,7 +59,7 @@ def portraits(pipe: Pipeline[Any], request: Any, watch: Watch) -> Iterator[Portr
                 {
                     "faces": request.faces or (DEFAULT_PERSON,),
                     "prompt": prompt,
-                    "adapters": (request.adapter,) if request.adapter else (),
+                    "adapters": (request.adapter,),
                     "seed": request.seed + place,
                     "num_inference_steps": request.num_inference_steps,
                     "guidance_scale": request.guidance_scale,

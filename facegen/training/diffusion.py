@@ -9,6 +9,7 @@ carried over.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -24,8 +25,9 @@ from facegen.adapter import Adapter, AdapterRequest, halves
 from facegen.adapters.arc2face import Arc2Face
 from facegen.adapters.instantid import InstantID, draw
 from facegen.adapters.ip_adapter_faceid import IPAdapterFaceID
-from facegen.attention.backends import plain
+from facegen.attention.backends import for_training
 from facegen.conditions import Condition, TextCondition
+from facegen.files import write_json
 from facegen.memory import MemoryPlan
 from facegen.models.base import Model
 from facegen.models.norms import quicken
@@ -309,9 +311,9 @@ class DiffusionObjective(Objective):
 
     def _loss(self, batch: Batch, noise: Tensor, timesteps: Tensor) -> dict[str, Tensor]:
         noisy = self.velocity.noisy(batch.latents, noise, timesteps).contiguous(memory_format=torch.channels_last)
-        # On a CPU the fused attention's backward pass is several times slower than plain matrix products.
+        # The text encoder's attention is PyTorch's: on a CPU, its plain form.
         with sdpa_kernel([SDPBackend.MATH] if noisy.device.type == "cpu" else _ALL_KERNELS):
-            backend = plain if noisy.device.type == "cpu" else None
+            backend = for_training(noisy.device)
             prepared = self.model.prepare(self.conditions(batch), len(batch.latents), guidance=False, backend=backend)
             found = self.model.predict(noisy, timesteps, prepared.throughout())
         error = (batch.weights * self.velocity.errors(found, batch.latents, noise, timesteps)).mean()
@@ -363,6 +365,9 @@ def save_base(model: Model, folder: Path) -> None:
         requires_safety_checker=False,
     )
     pipeline.save_pretrained(folder, max_shard_size="15MB")
+    for path in folder.glob("*/config.json"):  # where its parts were loaded from is nobody's business
+        config = json.loads(path.read_text("utf-8"))
+        write_json(path, {name: value for name, value in config.items() if name != "_name_or_path"})
 
 
 def _plain(model: Model) -> Any:

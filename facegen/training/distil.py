@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from facegen.attention.backends import for_training
 from facegen.conditions import Condition, LoraCondition, LowRankWeights
 from facegen.models.norms import quicken
 from facegen.training.loop import Budget, LoopSettings, Objective, run
@@ -149,7 +150,8 @@ class DistilObjective(Objective):
         return self.velocity.noisy(clean, noise, earlier).contiguous(memory_format=torch.channels_last)
 
     def _predicted(self, conditions: Sequence[Condition], noisy: Tensor, steps: Tensor) -> Tensor:
-        with self.model.prepare(conditions, len(noisy), guidance=False) as prepared:
+        backend = for_training(noisy.device)
+        with self.model.prepare(conditions, len(noisy), guidance=False, backend=backend) as prepared:
             return self.model.predict(noisy, steps, prepared.throughout()).float()
 
     @torch.no_grad()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from facegen.adapter import Adapter, AdapterRequest, halves
+from facegen.attention.backends import for_training
 from facegen.conditions import Condition, TextCondition
 from facegen.models.geometry import Geometry, drawn
 from facegen.training.cache import shuffled
@@ -122,7 +123,8 @@ class ControlObjective(Objective):
 
     def _error(self, batch: Batch, noise: Tensor, timesteps: Tensor) -> Tensor:
         noisy = self.velocity.noisy(batch.latents, noise, timesteps)
-        prepared = self.model.prepare(self.conditions(batch), len(batch.latents), guidance=False)
+        backend = for_training(noisy.device)
+        prepared = self.model.prepare(self.conditions(batch), len(batch.latents), guidance=False, backend=backend)
         found = self.model.predict(noisy, timesteps, prepared.throughout())
         return self.velocity.errors(found, batch.latents, noise, timesteps).mean()
 

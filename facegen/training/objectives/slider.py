@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from facegen import schedulers
-from facegen.attention.backends import plain
+from facegen.attention.backends import for_training
 from facegen.conditions import Condition, LoraCondition, LowRankWeights, TextCondition
 from facegen.denoise import Guidance, denoise, noise
 from facegen.models.sliders import DELAY
@@ -85,7 +85,7 @@ class SliderObjective(Objective):
         """The model's output for noisy latents (B, C, h, w) at timesteps (B,), with the slider at this strength."""
         slid: list[Condition] = [self.net.condition(strength)] if strength else []
         # On a CPU the fused attention's backward pass is several times slower than plain matrix products.
-        backend = plain if latents.device.type == "cpu" else None
+        backend = for_training(latents.device)
         with self.model.prepare([text, *slid], len(latents), guidance=False, backend=backend) as prepared:
             return self.model.predict(latents, timesteps, prepared.throughout()).float()
 
