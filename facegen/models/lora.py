@@ -63,7 +63,7 @@ def _condition(
 ) -> LoraCondition:
     for mark, kind in _OTHERS.items():
         if any(mark in key for key in tensors):
-            raise WrongAdapter(f"{path.name} is a {kind} file; only plain LoRA is supported.")
+            raise WrongAdapter(f"{path} is a {kind} file; only plain LoRA is supported.")
     layers: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
     foreign = []
     for key, value in tensors.items():
@@ -73,14 +73,14 @@ def _condition(
         else:
             layers[part.layer][part.half] = value
     if not any(half != "alpha" for halves in layers.values() for half in halves):
-        raise WrongAdapter(f"{path.name} holds no LoRA weights.")
+        raise WrongAdapter(f"{path} holds no LoRA weights.")
     if foreign:
-        raise WrongAdapter(f"{path.name} holds what is no LoRA weight: {_some(foreign)}; it cannot be worn whole.")
+        raise WrongAdapter(f"{path} holds what is no LoRA weight: {_some(foreign)}; it cannot be worn whole.")
     names = Names.of(model)
     places = {layer: names.find(layer) for layer in layers}
     if lost := [layer for layer, place in places.items() if place is None]:
         raise WrongBaseModel(
-            f"{path.name} was made for another base model: {len(lost)} of its {len(layers)} layers fit nothing in the"
+            f"{path} was made for another base model: {len(lost)} of its {len(layers)} layers fit nothing in the"
             f" loaded one: {_some(lost)}."
         )
     found: dict[str, dict[str, LowRankWeights]] = {network: {} for network in names.spellings}
@@ -103,11 +103,11 @@ def _low_rank(
     layer: str, module: str, halves: Mapping[str, Tensor], declared: Mapping[str, Any], path: Path
 ) -> LowRankWeights:
     if "down" not in halves or "up" not in halves:
-        raise CheckpointBroken(f"{path.name} lacks one half of the LoRA weights of {layer}.")
+        raise CheckpointBroken(f"{path} lacks one half of the LoRA weights of {layer}.")
     down, up = halves["down"], halves["up"]
     rank = down.shape[0]
     if up.shape[1] != rank:
-        raise CheckpointBroken(f"{path.name} has halves of ranks {rank} and {up.shape[1]} for {layer}.")
+        raise CheckpointBroken(f"{path} has halves of ranks {rank} and {up.shape[1]} for {layer}.")
     if (mid := halves.get("mid")) is not None:
         # LyCORIS' Tucker form of a convolution: 1×1 down, k×k among the ranks, 1×1 up; the first two are one.
         down = torch.einsum("sr...,ri->si...", mid.float(), down.float().flatten(1)).to(down.dtype)
