@@ -38,7 +38,7 @@ from tests.bench.cases import CASES, SMALL, UNETS, Case, draw, load
 logger = logging.getLogger("bench_generate")
 
 ROOT = Path(__file__).resolve().parents[2]
-SIDES = ("diffusers", "facegen", "packed", "triton", "compiled", "fast", "fastest", "lcm")
+SIDES = ("diffusers", "facegen", "packed", "triton", "compiled", "fast", "fastest", "lcm", "int8", "fp8")
 SCALE, CONTROL = 0.6, 0.7
 
 
@@ -67,6 +67,7 @@ def facegen_side(setup: Setup, case: Case, side: str) -> Callable[[], Tensor]:
     from facegen.conditions import Condition, ControlCondition, ReferenceCondition, TextCondition, TokenCondition
     from facegen.denoise import Guidance, denoise
     from facegen.economy import PRESETS
+    from facegen.eight_bits import shrink
     from facegen.memory import MemoryPlan
     from facegen.models.compiled import compile_networks
     from facegen.models.packed import pack
@@ -97,6 +98,9 @@ def facegen_side(setup: Setup, case: Case, side: str) -> Callable[[], Tensor]:
         people.append((person, layers))
     if side == "compiled":
         compile_networks(model.unet, *([] if case.net is None else [case.net]))
+    elif side == "int8" or side == "fp8":
+        for network in filter(None, (model.unet, case.net, case.text_encoder)):
+            shrink(network, side)
     elif device == "cpu" and side not in ("facegen", "triton"):
         pack(model.unet, *(one for one in (case.net, case.text_encoder) if one is not None))
 
