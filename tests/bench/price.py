@@ -4,10 +4,11 @@
     python -m tests.bench.price --ways exact fast fastest lcm "guidance 0-0.5" "control 0.4" "reuse 3" --people 24
 
 Every way paints the same held-out people from the same noise (`facegen.evaluation.protocol`). A way is a preset
-(exact, fast, fastest), an approximation by itself (guidance FROM-TO, control PART, control-cond, reuse N, steps N), or
-a LoRA for few steps: lcm for the model's own, or a file. likeness and prompt are the judges'; `unlike` is the mean
-distance of the pictures to the exact ones' in the features of the parsing net, unit-normalised per place and averaged
-over its stages, as LPIPS does it without learned weights (0: the same picture; what other noise does stands in the
+(exact, fast, fastest), an approximation by itself (guidance FROM-TO, control PART, control-cond, reuse N, steps N;
+lcm N: that scheduler's N steps without guidance), or a LoRA for few steps: lcm for the model's own, or a file.
+likeness and prompt are the judges'; `unlike` is the mean distance of the pictures to the exact ones' in the features
+of the parsing net, unit-normalised per place and averaged over its stages, as LPIPS does it without learned weights
+(0: the same picture; what other noise does stands in the
 last row). Times are this process's processor time, decoding included, with packed weights throughout.
 """
 
@@ -52,6 +53,7 @@ class Way:
     steps: int | None = None
     lora: Path | None = None
     seed: int = 0
+    unguided: str | None = None  # the scheduler of a run without guidance
 
 
 def way(name: str, model: str) -> Way:
@@ -71,6 +73,8 @@ def way(name: str, model: str) -> Way:
             return Way(name, Economy(reuse=int(value)))
         if word == "steps":
             return Way(name, steps=int(value))
+        if word == "lcm" and value:
+            return Way(name, steps=int(value), unguided="lcm")
     except ValueError as error:
         raise WrongRequest(f"{name!r} is no way of making pictures: {error}.") from error
     from facegen.models.base import locate
@@ -149,6 +153,8 @@ def measure(plan: Plan, adapter: str, ways: list[Way], tell: Callable[[str], Non
         loras = []
         if one.steps is not None:
             settings = replace(plan, steps=one.steps)
+        if one.unguided is not None:
+            settings = replace(settings, guidance=1.0, scheduler=one.unguided)
         if one.lora is not None:
             loras = [load_lora(one.lora, model)]
             wanted = told_by(one.lora)
