@@ -6,14 +6,21 @@ latent-consistency/lcm-lora-*, h1t/TCD-*-LoRA, ByteDance/SDXL-Lightning and Byte
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from facegen.errors import CheckpointBroken
+
 OWN = "lcm"
 """The LoRA that a model may bring, as loras/lcm.safetensors beside its adapters; the fastest way wears it."""
+
+
+ALONE = "few_steps.json"
+"""Beside a model's adapters: how few steps it takes without any LoRA, as the fields of FewSteps."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,19 @@ def told_by(name: str | Path) -> FewSteps | None:
     if "lcm" in parts:
         return FewSteps("lcm", steps or 4)
     return None
+
+
+def of_model(folder: Path) -> FewSteps | None:
+    """What a model by itself takes the fastest way, if its folder says so. Raises CheckpointBroken."""
+    path = folder / ALONE
+    if not path.is_file():
+        return None
+    try:
+        return FewSteps(**json.loads(path.read_text("utf-8")))
+    except (ValueError, TypeError) as error:
+        raise CheckpointBroken(
+            f"{path} does not say scheduler, steps and guidance ({error}); delete it or get it anew."
+        ) from error
 
 
 def wanted(loras: Mapping[str, Any] | Iterable[str]) -> FewSteps | None:

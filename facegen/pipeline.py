@@ -575,15 +575,24 @@ class Pipeline(ABC, Generic[R]):
         self.worn_loras(getattr(resolved, "loras", {}))  # a file that cannot be worn is told of now
         return resolved
 
+    @property
+    def _hurried(self) -> Path | None:
+        """The model's folder where the fastest way is asked for; None for a model without one."""
+        return self.loaded.assets if self.loaded.loading.speed == "fastest" else None
+
     def _own_few_steps(self) -> bool:
         """Whether the fastest way is asked for, and the model brings a LoRA for few steps."""
-        folder = self.loaded.assets
-        fastest = self.loaded.loading.speed == "fastest"
-        return fastest and folder is not None and (folder / "loras" / f"{few_steps.OWN}.safetensors").is_file()
+        folder = self._hurried
+        return folder is not None and (folder / "loras" / f"{few_steps.OWN}.safetensors").is_file()
 
     def _few_steps(self, request: R) -> dict[str, Any]:
-        """Scheduler, steps and guidance as a distilled LoRA wants them, where the request has only their defaults."""
+        """Scheduler, steps and guidance as a distilled LoRA wants them, where the request has only their defaults.
+
+        Or as the model itself does without one, if the fastest way is asked for.
+        """
         found = few_steps.wanted(getattr(request, "loras", {}))
+        if found is None and self._hurried is not None:
+            found = few_steps.of_model(self._hurried)
         if found is None:
             return {}
         known = specs(type(request))
@@ -594,7 +603,7 @@ class Pipeline(ABC, Generic[R]):
         }
         if values:
             said = ", ".join(f"{name} {value}" for name, value in values.items())
-            log.info("A LoRA for few steps is worn: %s.", said)
+            log.info("Few steps: %s.", said)
         return values
 
     def _resolved_adapters(self, request: R) -> tuple[str, ...]:

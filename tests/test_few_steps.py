@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from facegen.errors import CheckpointBroken
 from facegen.few_steps import FewSteps, told_by, wanted
 from facegen.schedulers import NAMES, build, walk
 
@@ -76,3 +77,21 @@ def test_the_fastest_way_wears_the_model_s_own(tiny_sd15: Path, tmp_path: Path) 
     assert (dict(asked.loras), asked.num_inference_steps, asked.scheduler) == ({"lcm": 1.0}, 4, "lcm")
     exact = GeneratePipeline.from_pretrained(tmp_path, device="cpu", dtype="float32")
     assert exact.resolve(exact.request(None, {})).num_inference_steps == 30
+
+
+def test_a_model_may_take_few_steps_by_itself(tiny_sd15: Path, tmp_path: Path) -> None:
+    from facegen.pipelines.generate import GeneratePipeline
+
+    (tmp_path / "pack").mkdir()
+    (tmp_path / "base").symlink_to(tiny_sd15)
+    said = tmp_path / "few_steps.json"
+    said.write_text('{"scheduler": "lcm", "steps": 3, "guidance": 1.0}')
+    pipe = GeneratePipeline.from_pretrained(tmp_path, device="cpu", dtype="float32", speed="fastest")
+    asked = pipe.resolve(pipe.request(None, {}))
+    assert (asked.scheduler, asked.num_inference_steps, asked.guidance_scale) == ("lcm", 3, 1.0)
+    assert pipe.resolve(pipe.request(None, {"num_inference_steps": 9})).num_inference_steps == 9
+    exact = GeneratePipeline.from_pretrained(tmp_path, device="cpu", dtype="float32")
+    assert exact.resolve(exact.request(None, {})).num_inference_steps == 30
+    said.write_text('{"stepps": 3}')
+    with pytest.raises(CheckpointBroken, match="does not say scheduler"):
+        pipe.resolve(pipe.request(None, {}))
