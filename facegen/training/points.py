@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,7 @@ from facegen.training.cache import Cache, shuffled
 from facegen.training.loop import Objective
 
 MARGIN = 1.4  # side of the crop, in larger sides of the face box
-_MIRROR = torch.tensor([1, 0, 2, 4, 3])
+_MIRROR = (1, 0, 2, 4, 3)
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,22 @@ def box_crops(boxes: Tensor, size: int, margin: float = MARGIN) -> Tensor:
     centre = (boxes[:, :2] + boxes[:, 2:]) / 2
     shift = (size - 1) / 2 - scale[:, None] * centre
     return torch.cat([torch.eye(2) * scale.view(-1, 1, 1), shift[:, :, None]], 2)
+
+
+def mirrored_and_worn(
+    crops: Tensor, points: Tensor, mirror: Sequence[int], worn: Wear, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """A batch from crops (B, 1, S, S) in [0, 1] and points (B, N, 2) in their pixels; half of them mirrored.
+
+    mirror: which point is where each was, seen in the mirror. The crops come out in [-1, 1], the points in crop sides.
+    """
+    size = crops.shape[-1]
+    flip = torch.rand(len(crops), generator=generator) < 0.5
+    crops = torch.where(flip[:, None, None, None], crops.flip(3), crops)
+    other = torch.stack([size - 1 - points[..., 0], points[..., 1]], 2)[:, mirror]
+    points = torch.where(flip[:, None, None], other, points)
+    crops = wear(crops, worn, generator) * 2 - 1
+    return {"crops": crops.contiguous(memory_format=torch.channels_last), "points": points / size}
 
 
 class PointsObjective(Objective):
@@ -63,12 +79,7 @@ class PointsObjective(Objective):
         matrices = torch.cat([linear @ base[:, :, :2], linear @ base[:, :, 2:] + shift[:, :, None]], 2)
         points = transform(matrices, self.cache.field("landmarks5", rows).float())
         crops = warp(self.cache.rgb(rows), matrices, size, padding="border").mean(1, keepdim=True)
-        flip = torch.rand(b, generator=generator) < 0.5
-        crops = torch.where(flip[:, None, None, None], crops.flip(3), crops)
-        other = torch.stack([size - 1 - points[..., 0], points[..., 1]], 2)[:, _MIRROR]
-        points = torch.where(flip[:, None, None], other, points)
-        crops = wear(crops, settings.wear, generator) * 2 - 1
-        return {"crops": crops.contiguous(memory_format=torch.channels_last), "points": points / size}
+        return mirrored_and_worn(crops, points, _MIRROR, settings.wear, generator)
 
     def loss(self, batch: Mapping[str, Tensor], step: int, generator: torch.Generator) -> dict[str, Tensor]:
         found = self.module(batch["crops"])

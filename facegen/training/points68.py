@@ -12,9 +12,10 @@ from torch import Tensor
 from facegen.face.landmarks import MIRROR, LandmarkFinder, crop_matrices
 from facegen.face.networks import KeypointNet
 from facegen.face.warp import transform, warp
-from facegen.training.augment import ROUGH, Wear, wear
+from facegen.training.augment import ROUGH, Wear
 from facegen.training.cache import Cache, shuffled
 from facegen.training.loop import Objective
+from facegen.training.points import mirrored_and_worn
 from facegen.world.landmarks import landmarks5
 
 
@@ -55,12 +56,7 @@ class Points68Objective(Objective):
         matrices = crop_matrices(self._five(self.cache, rows, generator), size)
         crops = warp(self.cache.rgb(rows), matrices, size, padding="border").mean(1, keepdim=True)
         points = transform(matrices, self.cache.field("landmarks68", rows).float())
-        flip = torch.rand(len(rows), generator=generator) < 0.5
-        crops = torch.where(flip[:, None, None, None], crops.flip(3), crops)
-        other = torch.stack([size - 1 - points[..., 0], points[..., 1]], 2)[:, MIRROR]
-        points = torch.where(flip[:, None, None], other, points)
-        crops = wear(crops, settings.wear, generator) * 2 - 1
-        return {"crops": crops.contiguous(memory_format=torch.channels_last), "points": points / size}
+        return mirrored_and_worn(crops, points, MIRROR, settings.wear, generator)
 
     def _five(self, cache: Cache, rows: Tensor, generator: torch.Generator) -> Tensor:
         """Five points (B, 5, 2) as a detector finds them: shifted each on its own, and turned all together."""
