@@ -10,7 +10,6 @@ carried over.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,13 +18,11 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from facegen.adapter import Adapter, AdapterRequest, halves
 from facegen.adapters.arc2face import Arc2Face
 from facegen.adapters.instantid import InstantID, draw
 from facegen.adapters.ip_adapter_faceid import IPAdapterFaceID
-from facegen.attention.backends import for_training
 from facegen.conditions import Condition, TextCondition
 from facegen.files import write_json
 from facegen.memory import MemoryPlan
@@ -35,19 +32,10 @@ from facegen.models.projections import FaceProjection, ProjectionSizes
 from facegen.models.resampler import PerceiverSizes
 from facegen.models.sd15 import SD15Model
 from facegen.training.cache import Cache, shuffled
-from facegen.training.loop import Objective
-from facegen.training.objectives.velocity import VelocityObjective
+from facegen.training.objectives.denoising import DenoisingObjective, another, face_weights, noise_levels
 from facegen.training.reader import LatentReader, asked, disobedience, person_means
 from facegen.world.captions import caption
-from facegen.world.render import PARSING
 
-_ALL_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH]
-_FACE = torch.tensor([
-    PARSING.index(name)
-    for name in ("skin", "l_brow", "r_brow", "l_eye", "r_eye", "eye_g", "nose", "mouth", "u_lip", "l_lip", "beard")
-])  # fmt: skip
-# Blocks of a UNet or of its copy: neither what leads in and out nor embeddings.
-_INSIDE = re.compile(r"(^unet|controlnet)\.(down_blocks|mid_block|up_blocks)\.")
 SCHEDULER = {
     "_class_name": "DDIMScheduler",
     "num_train_timesteps": 1000,
@@ -170,7 +158,7 @@ class Batch:
     weights: Tensor  # of the error at each place, (B, h, w), 1 on average
 
 
-class DiffusionObjective(Objective):
+class DiffusionObjective(DenoisingObjective):
     """Predict the velocity of noisy latents under prompts and faces.
 
     With ``reader`` the clean estimate must also show whom and what it was asked for, the more the less noise there is.
@@ -187,9 +175,9 @@ class DiffusionObjective(Objective):
         held_out: Lessons | None = None,
         reader: LatentReader | None = None,
     ) -> None:
-        self.model, self.adapters, self.settings = model, adapters, settings
-        self.lessons, self.held_out, self.reader = lessons, held_out, reader
-        self.velocity = VelocityObjective(SCHEDULER)
+        super().__init__(model, lessons, held_out, SCHEDULER)
+        self.adapters, self.settings, self.reader = adapters, settings, reader
+        self.steering = settings.steering
         base = {"unet": model.unet, "text_encoder": model.text_encoder}
         own = {name: adapter.modules() for name, adapter in adapters.items() if name in settings.ways}
         self.module = nn.ModuleDict({**base, **own} if settings.base else own)
@@ -203,22 +191,6 @@ class DiffusionObjective(Objective):
 
     def _all(self) -> list[Lessons]:
         return [self.lessons] if self.held_out is None else [self.lessons, self.held_out]
-
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        """Everything decays alike; what listens to prompts and faces learns faster, for it hears of them late.
-
-        Muon moves the matrices inside the UNet, and in those of a ControlNet that began as its copy.
-        """
-        groups: dict[tuple[bool, bool], list[Tensor]] = {}
-        for name, weight in self.module.named_parameters():
-            if weight.requires_grad:
-                steering = not name.startswith("unet.") or ".attn2." in name
-                inside = _INSIDE.search(name) is not None and weight.ndim > 1
-                groups.setdefault((steering, inside), []).append(weight)
-        return [
-            {"params": weights, "scale": self.settings.steering if steering else 1.0, "muon": inside}
-            for (steering, inside), weights in groups.items()
-        ]
 
     def batch(self, step: int, generator: torch.Generator) -> Batch:
         settings = self.settings
@@ -241,7 +213,7 @@ class DiffusionObjective(Objective):
                 plain, named, with_face.tolist(), (roll[1] < settings.no_prompt).tolist(), strict=True
             )
         ]
-        embeddings = lessons.embeddings[self._other(lessons, rows, roll[2])] * with_face[:, None]
+        embeddings = lessons.embeddings[another(lessons, rows, roll[2])] * with_face[:, None]
         control = self._control(lessons, rows, roll[3] >= settings.no_points) if way == "instantid" else None
         who = self._people[id(lessons)][rows] * with_face[:, None]
         return Batch(
@@ -252,28 +224,8 @@ class DiffusionObjective(Objective):
             control,
             who,
             asked(prompts),
-            self._weights(lessons, rows),
+            face_weights(lessons, rows, self.settings.face),
         )
-
-    @staticmethod
-    def _other(lessons: Lessons, rows: Tensor, roll: Tensor) -> Tensor:
-        """For each row another picture of the same person, chosen by roll (B,) in [0, 1)."""
-        label = lessons.pictures.label
-        order = torch.argsort(label, stable=True)
-        place = torch.empty_like(order)
-        place[order] = torch.arange(len(order))
-        sizes = torch.bincount(label)
-        starts = torch.cumsum(sizes, 0) - sizes
-        own = label[rows]
-        step = 1 + (roll * (sizes[own] - 1)).long().clamp(max=sizes[own] - 2)
-        return order[starts[own] + (place[rows] - starts[own] + step) % sizes[own]]
-
-    def _weights(self, lessons: Lessons, rows: Tensor) -> Tensor:
-        """(B, h, w): a face is a small part of a picture, and the part that matters."""
-        inside = torch.isin(lessons.pictures.field("parsing", rows), _FACE).float()
-        height, width = lessons.latents.shape[-2:]
-        weights = 1 + self.settings.face * F.adaptive_avg_pool2d(inside, (height, width))
-        return weights / weights.mean((1, 2), keepdim=True)
 
     def _control(self, lessons: Lessons, rows: Tensor, kept: Tensor) -> Tensor:
         """Drawn keypoints (B, 3, H, W) in [0, 1]; black where they are left out."""
@@ -296,26 +248,12 @@ class DiffusionObjective(Objective):
         ]
 
     def loss(self, batch: Batch, step: int, generator: torch.Generator) -> dict[str, Tensor]:
-        timesteps = self._timesteps(len(batch.latents), generator)
+        timesteps = noise_levels(len(batch.latents), generator, self.settings.even)
         noise = torch.randn(batch.latents.shape, generator=generator, device=generator.device)
         return self._loss(batch, noise, timesteps)
 
-    def _timesteps(self, count: int, generator: torch.Generator) -> Tensor:
-        """(count,) int64, mostly of the middle, where faces take shape (Esser et al. 2024, logit-normal).
-
-        Near the ends the error is large and can hardly become smaller: it would drown the rest.
-        """
-        shape = torch.randn(count, generator=generator, device=generator.device).sigmoid()
-        level = torch.rand(2, count, generator=generator, device=generator.device)
-        return (torch.where(level[0] < self.settings.even, level[1], shape) * 1000).long().clamp(max=999)
-
     def _loss(self, batch: Batch, noise: Tensor, timesteps: Tensor) -> dict[str, Tensor]:
-        noisy = self.velocity.noisy(batch.latents, noise, timesteps).contiguous(memory_format=torch.channels_last)
-        # The text encoder's attention is PyTorch's: on a CPU, its plain form.
-        with sdpa_kernel([SDPBackend.MATH] if noisy.device.type == "cpu" else _ALL_KERNELS):
-            backend = for_training(noisy.device)
-            prepared = self.model.prepare(self.conditions(batch), len(batch.latents), guidance=False, backend=backend)
-            found = self.model.predict(noisy, timesteps, prepared.throughout())
+        found, noisy = self.predicted(lambda: self.conditions(batch), batch.latents, noise, timesteps)
         error = (batch.weights * self.velocity.errors(found, batch.latents, noise, timesteps)).mean()
         losses = {"loss": error, f"loss_{batch.way}": error}
         if self.reader is not None:

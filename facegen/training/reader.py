@@ -63,23 +63,34 @@ def disobedience(answers: Tensor, wanted: Tensor) -> Tensor:
     return total / named.clamp_min(1)
 
 
-class LatentReader(nn.Module):
-    """Latents (B, C, 16, 16) to whose face it is (B, D) and to logits of every value of every kind of fact."""
+class LatentNet(nn.Module):
+    """Latents (B, C, 16, 16) to answers (B, outputs)."""
 
-    def __init__(self, channels: int, dim: int, widths: Sequence[int] = (96, 160, 224), hidden: int = 384) -> None:
+    def __init__(self, channels: int, outputs: int, widths: Sequence[int] = (96, 160, 224), hidden: int = 384) -> None:
         super().__init__()
         a, b, c = widths
-        self.dim = dim
         self.body = nn.Sequential(
             nn.Conv2d(channels, a, 3, 1, 1, bias=False), nn.BatchNorm2d(a), nn.ReLU(),
             PlainBlock(a, b, 2), PlainBlock(b, b),
             PlainBlock(b, c, 2),
         )  # fmt: skip
         self.mix = nn.Sequential(nn.Linear(c * 16, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Dropout(0.1))
-        self.head = nn.Linear(hidden, dim + sum(SIZES))
+        self.head = nn.Linear(hidden, outputs)
+
+    def answers(self, latents: Tensor) -> Tensor:
+        found: Tensor = self.head(self.mix(self.body(latents).flatten(1)))
+        return found.float()
+
+
+class LatentReader(LatentNet):
+    """Latents (B, C, 16, 16) to whose face it is (B, D) and to logits of every value of every kind of fact."""
+
+    def __init__(self, channels: int, dim: int) -> None:
+        super().__init__(channels, dim + sum(SIZES))
+        self.dim = dim
 
     def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        answers = self.head(self.mix(self.body(latents).flatten(1))).float()
+        answers = self.answers(latents)
         return answers[:, : self.dim], answers[:, self.dim :]
 
 
@@ -99,9 +110,18 @@ def _classes(scenes: Scenes) -> Tensor:
 @dataclass(frozen=True)
 class ReaderSettings:
     batch: int = 64
-    noise: float = 0.7  # at most, beside the latents' unit deviation: estimates from noise are no clean latents
+    noise: float = 0.7  # at most, beside the latents' unit deviation
     blur: float = 0.8
     seed: int = 9
+
+
+def worn(latents: Tensor, settings: ReaderSettings, generator: torch.Generator) -> Tensor:
+    """Blurred and noisy: estimates from noise are no clean latents."""
+    roll = torch.rand(2, len(latents), 1, 1, 1, generator=generator, device=generator.device)
+    blurred = F.avg_pool2d(F.pad(latents, (1, 1, 1, 1), mode="replicate"), 3, 1)
+    latents = latents.lerp(blurred, roll[0].square() * settings.blur)
+    noise = torch.randn(latents.shape, generator=generator, device=generator.device)
+    return (latents + roll[1].square() * settings.noise * noise).contiguous(memory_format=torch.channels_last)
 
 
 class LatentReaderObjective(Objective):
@@ -122,15 +142,8 @@ class LatentReaderObjective(Objective):
         rows = shuffled(len(self.lessons.pictures), self.settings.batch, step, self.settings.seed)
         return {"latents": self.lessons.latents[rows].float(), "who": self.who[rows], "what": self.what[rows]}
 
-    def _worn(self, latents: Tensor, generator: torch.Generator) -> Tensor:
-        roll = torch.rand(2, len(latents), 1, 1, 1, generator=generator, device=generator.device)
-        blurred = F.avg_pool2d(F.pad(latents, (1, 1, 1, 1), mode="replicate"), 3, 1)
-        latents = latents.lerp(blurred, roll[0].square() * self.settings.blur)
-        noise = torch.randn(latents.shape, generator=generator, device=generator.device)
-        return latents + roll[1].square() * self.settings.noise * noise
-
     def loss(self, batch: Mapping[str, Tensor], step: int, generator: torch.Generator) -> dict[str, Tensor]:
-        latents = self._worn(batch["latents"], generator).contiguous(memory_format=torch.channels_last)
+        latents = worn(batch["latents"], self.settings, generator)
         who, what = self.reader(latents)
         unlike = 1 - F.cosine_similarity(who, batch["who"])
         parts = zip(what.split(SIZES, 1), batch["what"].unbind(1), strict=True)

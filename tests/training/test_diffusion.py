@@ -22,6 +22,7 @@ from facegen.training.diffusion import (
 )
 from facegen.training.loop import Budget, LoopSettings, run
 from facegen.training.mini import STAGES, train
+from facegen.training.objectives.denoising import another, face_weights
 from facegen.training.objectives.velocity import VelocityObjective
 from facegen.training.vae import VAEObjective, VAESettings, encode_all, fold_statistics, new_vae
 
@@ -114,7 +115,7 @@ def test_every_way_reaches_its_own_weights(objective: DiffusionObjective, way: s
 
 def test_faces_weigh_more(objective: DiffusionObjective) -> None:
     rows = torch.arange(3)
-    weights = objective._weights(objective.lessons, rows)
+    weights = face_weights(objective.lessons, rows, objective.settings.face)
     assert weights.shape == (3, 16, 16)
     torch.testing.assert_close(weights.mean((1, 2)), torch.ones(3))
     skin = (objective.lessons.pictures.field("parsing", rows) == 1).float()
@@ -142,7 +143,7 @@ def test_the_face_comes_from_another_picture_of_the_same_person(objective: Diffu
     label = objective.lessons.pictures.label
     for seed in range(5):
         roll = torch.rand(12, generator=torch.Generator().manual_seed(seed))
-        other = objective._other(objective.lessons, rows, roll)
+        other = another(objective.lessons, rows, roll)
         assert torch.equal(label[other], label[rows])
         assert (other != rows).all()
 
