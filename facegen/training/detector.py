@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ RANGES: tuple[tuple[tuple[float, float], ...], ...] = (
     ((112.0, 210.0), (180.0, 1e6)),
 )
 _RADIUS = 0.22  # of the face's sides: anchors this near its centre answer for it
+_OUTER = ("stem.0", "score", "box", "points")  # what Muon leaves to AdamW
 _DOUBT = 0.5  # anchors nearer than this, but not near enough, are neither right nor wrong
 
 
@@ -83,6 +85,17 @@ class DetectorObjective(Objective):
         self.cache, self.held_out, self.settings = cache, held_out, settings
         self.grid = anchors(settings.crowd.size)
         self.module: DetectorNet = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Muon moves the kernels between the first layer and the heads."""
+        trained = dict(self.module.named_parameters())
+        inner = [n for n, p in trained.items() if p.ndim > 1 and not n.startswith(_OUTER)]
+        rest = [p for n, p in trained.items() if p.ndim > 1 and n.startswith(_OUTER)]
+        return [
+            {"params": [trained[name] for name in inner], "muon": True},
+            {"params": rest},
+            {"params": [p for p in trained.values() if p.ndim <= 1], "weight_decay": 0.0},
+        ]
 
     def batch(self, step: int, generator: torch.Generator) -> dict[str, Tensor]:
         pictures, drawn = crowds(self.cache, self.settings.batch, self.settings.crowd, generator)
@@ -182,12 +195,12 @@ def suppress(boxes: Tensor, scores: Tensor, threshold: float, overlap: float = 0
     order = [int(i) for i in scores.argsort(descending=True) if scores[i] > threshold][:200]
     kept: list[int] = []
     for i in order:
-        if all(_iou(boxes[i], boxes[j]) <= overlap for j in kept):
+        if all(iou(boxes[i], boxes[j]) <= overlap for j in kept):
             kept.append(i)
     return kept
 
 
-def _iou(a: Tensor, b: Tensor) -> float:
+def iou(a: Tensor, b: Tensor) -> float:
     inner = (torch.minimum(a[2:], b[2:]) - torch.maximum(a[:2], b[:2])).clamp(min=0).prod()
     areas: Sequence[Tensor] = [(box[2:] - box[:2]).clamp(min=0).prod() for box in (a, b)]
     return float(inner / (areas[0] + areas[1] - inner).clamp(min=1e-6))

@@ -29,6 +29,14 @@ class _Pack(nn.Module):
         return tuple([score[0].sigmoid() for score in scores] + [b[0] for b in boxes] + [p[0] for p in points])
 
 
+_STEMS = {"detector": "det", "recogniser": "rec"}
+
+
+def stem_of(name: str, assets: Path) -> Path:
+    """Where a net's ``.safetensors`` and ``.json`` are in the folder of a finished model."""
+    return assets / "judges" / name if name in JUDGES else assets / "pack" / _STEMS.get(name, name)
+
+
 def export(name: str, net: nn.Module, assets: Path) -> list[Path]:
     """Write one net's files below ``assets``: ``pack/`` for perception, ``judges/`` for the judges.
 

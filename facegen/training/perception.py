@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from facegen.face.networks import network
+from facegen.face.parse import small_net
 from facegen.training.cache import Cache
-from facegen.training.export import export
+from facegen.training.export import export, stem_of
 from facegen.training.loop import Budget, LoopSettings, Objective, planned_steps, run, steps_for, wear_average
 from facegen.training.record import MINI, record
 
@@ -103,15 +104,17 @@ class Places:
 def train(name: str, places: Places, budget: Budget, start: Path | None = None) -> dict[str, float]:
     """Train one stage (going on from its folder), export its net and record what was measured.
 
-    ``start`` is the run folder of an earlier training whose net to begin with. A budget of seconds becomes a number of
-    steps at the first call, which later calls keep.
+    ``start`` is the run folder of an earlier training whose net to begin with, or the folder of finished nets. A budget
+    of seconds becomes a number of steps at the first call, which later calls keep.
     """
     stage = STAGES[name]
     cache = Cache(places.pictures)
     held_out = Cache(places.held_out) if places.held_out is not None else None
     torch.manual_seed(stage.settings.seed)
     net = network(stage.net)
-    if start is not None:
+    if start is not None and stem_of(name, start).with_suffix(".safetensors").is_file():
+        net.load_state_dict(small_net(stem_of(name, start), f"so {name} cannot go on").state_dict())
+    elif start is not None:
         probe = stage.objective(net, cache, None, 1)
         wear_average(probe.module, start, only="net." if isinstance(probe.module, nn.ModuleDict) else "")
     steps = budget.steps or planned_steps(places.run)
@@ -141,7 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--assets", type=Path, help="folder for the finished net; default: nowhere")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--minutes", type=float)
-    parser.add_argument("--start", type=Path, help="run folder of an earlier training to begin with")
+    parser.add_argument("--start", type=Path, help="run folder of an earlier training to begin with, or finished nets")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(1)  # a thread per training: two trainings on two cores disturb each other less
