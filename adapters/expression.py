@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from facegen.models.base import Model
 
 UNITS: tuple[str, ...] = tuple(one.name for one in EXPRESSION)
-TOKENS = 4
+TOKENS = 8
 HIDDEN = 128
 _CODE, _STREAM = "expression_proj", "expression_adapter"
 

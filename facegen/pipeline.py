@@ -629,23 +629,27 @@ class Pipeline(ABC, Generic[R]):
     def control(self, name: str) -> Any:
         """The expression adapter, or the geometry of a kind, that belongs to the model; loaded once.
 
-        They lie beside the base: adapters/expression, controls/landmarks … Raises WeightsMissing.
+        They lie beside the base: adapters/expression, controls/landmarks … or, for every kind without
+        a net of its own, controls/geometry. Raises WeightsMissing.
         """
         from facegen.adapters.expression import Expression
         from facegen.errors import WeightsMissing
         from facegen.models.base import locate
-        from facegen.models.geometry import Geometry
+        from facegen.models.geometry import ALL, Geometry
 
-        if name not in self.loaded.controls:
-            kind: Any = Expression if name == "expression" else Geometry
-            folder = "adapters" if kind is Expression else "controls"
-            path = locate(self.loaded.loading.model).parent / folder / name
-            if not path.is_dir():
-                raise WeightsMissing(
-                    f"The model has no control '{name}' ({path}); train it: facegen train mini --stages {name}."
-                )
-            self.loaded.controls[name] = kind.from_pretrained(path, self.model)
-        return self.loaded.controls[name]
+        if name in self.loaded.controls:
+            return self.loaded.controls[name]
+        kind: Any = Expression if name == "expression" else Geometry
+        folder = locate(self.loaded.loading.model).parent / ("adapters" if kind is Expression else "controls")
+        stage = ALL if kind is Geometry else name
+        path = next((folder / one for one in (name, stage) if (folder / one).is_dir()), None)
+        if path is None:
+            raise WeightsMissing(
+                f"The model has no control '{name}' ({folder / stage}); train it: facegen train mini --stages {stage}."
+            )
+        if path.name not in self.loaded.controls:
+            self.loaded.controls[path.name] = kind.from_pretrained(path, self.model)
+        return self.loaded.controls[path.name]
 
     def default_adapter(self) -> str:
         """The adapter that is used when faces are given and none is loaded."""

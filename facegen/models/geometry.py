@@ -1,14 +1,17 @@
 """Where things are: ControlNets that follow landmarks, depth, normals or a sketch, and the pictures they read.
 
-A control lies in a folder called after its kind, in diffusers' format. The pictures are drawn the same way in training
-and in use, from the drawn world's own truth, from a photo (a sketch, landmarks), or from a map that somebody brings.
+A control lies in a folder called after its kind, in diffusers' format; "geometry" is one net that follows all kinds. It
+tells them apart by what it sees, so each part of a face has lines of its own colour. The pictures are drawn the same
+way in training and in use, from the drawn world's own truth, from a photo (a sketch, landmarks), or from a map that
+somebody brings.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -26,24 +29,30 @@ if TYPE_CHECKING:
     from facegen.world.render import Rendering
 
 KINDS = CONTROL_KINDS
+ALL = "geometry"  # a net that follows every kind
 # iBUG's 68 points as lines: jaw, brows, nose, nostrils, eyes, outer and inner lips; closed ones end where they begin.
 LINES: tuple[tuple[int, int, bool], ...] = (
     (0, 17, False), (17, 22, False), (22, 27, False), (27, 31, False), (31, 36, False), (36, 42, True), (42, 48, True),
     (48, 60, True), (60, 68, True),
 )  # fmt: skip
+# What tells lines from the white ones of a sketch, and one part of a face from another.
+COLORS: tuple[tuple[int, int, int], ...] = (
+    (255, 0, 0), (0, 255, 0), (0, 255, 0), (0, 0, 255), (0, 0, 255), (255, 255, 0), (255, 255, 0),
+    (255, 0, 255), (0, 255, 255),
+)  # fmt: skip
 _FARTHEST = 12.0  # the drawn world's depth of the background
 
 
 def draw_landmarks(points: np.ndarray[Any, Any], size: tuple[int, int]) -> Tensor:
-    """68 points (68, 2) in pixels → white lines on black, (3, H, W); size = (width, height)."""
+    """68 points (68, 2) in pixels → coloured lines on black, (3, H, W); size = (width, height)."""
     import cv2
 
-    canvas = np.zeros((size[1], size[0]), np.uint8)
+    canvas = np.zeros((size[1], size[0], 3), np.uint8)
     thick = max(1, round(min(size) / 128))
-    for first, last, closed in LINES:
+    for (first, last, closed), color in zip(LINES, COLORS, strict=True):
         line = np.round(np.asarray(points[first:last]) * 8).astype(np.int32)  # eighths of a pixel
-        cv2.polylines(canvas, [line], closed, 255, thick, cv2.LINE_AA, shift=3)
-    return torch.from_numpy(canvas)[None].float().expand(3, -1, -1) / 255
+        cv2.polylines(canvas, [line], closed, color, thick, cv2.LINE_AA, shift=3)
+    return torch.from_numpy(canvas).permute(2, 0, 1).float() / 255
 
 
 def draw_depth(depth: Tensor) -> Tensor:
@@ -93,16 +102,24 @@ def read(kind: str, picture: Image.Image, size: tuple[int, int]) -> Tensor:
     return (draw_sketch(fitted) if kind == "sketch" else fitted)[None]
 
 
-def check(kind: str) -> None:
+def check(kind: str, kinds: Sequence[str] = KINDS) -> None:
     """WrongRequest for a kind that does not exist."""
-    if kind not in KINDS:
-        raise WrongRequest(f"There is no control '{kind}'; there are: {', '.join(KINDS)}.")
+    if kind not in kinds:
+        raise WrongRequest(f"There is no control '{kind}'; there are: {', '.join(kinds)}.")
 
 
 def is_map(picture: Image.Image) -> bool:
-    """Whether a picture is drawn lines on black rather than a photo."""
+    """Whether a picture is drawn lines on black, white or in the colours of landmarks, rather than a photo."""
     pixels = np.asarray(picture.convert("RGB"), np.int16)
-    return bool((np.ptp(pixels, axis=2) <= 8).all() and (pixels.max(axis=2) < 16).mean() > 0.6)
+    bright = pixels.max(axis=2)
+    lines = pixels[bright >= 64].astype(np.float32)
+    if (bright < 16).mean() <= 0.6:
+        return False
+    if bool((np.ptp(pixels, axis=2) <= 8).all()):
+        return True
+    pure = lines / lines.max(axis=1, keepdims=True)
+    known = np.asarray([*dict.fromkeys(COLORS)], np.float32) / 255
+    return bool((np.abs(pure[:, None] - known).max(axis=2).min(axis=1) < 0.2).mean() > 0.7)
 
 
 def posed_points(pose: dict[str, float], size: tuple[int, int], head: Head | None = None) -> np.ndarray[Any, Any]:
@@ -130,31 +147,33 @@ def posed_points(pose: dict[str, float], size: tuple[int, int], head: Head | Non
 
 @dataclass(frozen=True, eq=False)
 class Geometry:
-    """A ControlNet of one kind."""
+    """A ControlNet of one kind, or of all of them."""
+
+    kinds: ClassVar[tuple[str, ...]] = (*KINDS, ALL)
 
     kind: str
     net: Any
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, model: Model) -> Geometry:
+    def from_pretrained(cls, folder: str | Path, model: Model) -> Self:
         """From a folder called after its kind; WeightsMissing, CheckpointBroken, WrongBaseModel, WrongRequest."""
         from facegen.models.control import load_controlnet
 
         path = Path(folder).expanduser()
-        check(path.name)
+        check(path.name, cls.kinds)
         net = load_controlnet(path, model.unet)
         net.to(model.device, model.dtype).requires_grad_(False).eval()
         model.memory.place(net)
         return cls(path.name, net)
 
     @classmethod
-    def fresh(cls, kind: str, model: Model, *, seed: int = 0) -> Geometry:
+    def fresh(cls, kind: str, model: Model, *, seed: int = 0) -> Self:
         """To be trained: a copy of the UNet's encoder behind zero convolutions, so that it changes nothing yet."""
         from diffusers import ControlNetModel
 
         from facegen.models.streams import initialise
 
-        check(kind)
+        check(kind, cls.kinds)
         channels = (16, 32, 96, 256)[: model.vae_factor.bit_length()]
         net = ControlNetModel.from_unet(model.unet, conditioning_embedding_out_channels=channels)
         initialise(net.controlnet_cond_embedding, torch.Generator().manual_seed(seed))

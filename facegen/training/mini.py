@@ -288,6 +288,13 @@ def _write(objective: DiffusionObjective, shop: Workshop) -> None:
         adapter.save(shop.output / "adapters" / name, dtype=torch.float16)
 
 
+def shapes(shop: Workshop) -> None:
+    """The controls' teacher, only on demand."""
+    from facegen.training.controls import train_shapes
+
+    train_shapes(shop)
+
+
 def teach_control(name: str) -> Callable[[Workshop], None]:
     """The stage of one control beside the finished base model, only on demand."""
 
@@ -320,6 +327,7 @@ EXTRA: Mapping[str, Callable[[Workshop], None]] = {
     "write": write_model,
     "distil": distil,
     "points68": train_perception("points68"),
+    "shapes": shapes,
     **{name: teach_control(name) for name in CONTROLS},
 }
 
@@ -337,8 +345,9 @@ def train(
 
     ``budget`` is the share of the full recipe's steps and pictures; it must stay the same when a run goes on. The
     stage "write", only on demand, writes the diffusion model of the last checkpoint without waiting for the end; the
-    stages of the controls ("expression", "landmarks", "depth", …) and "distil" (a LoRA that paints in four steps) learn
-    beside the finished model in ``output``, "points68" the net that finds 68 points in a photo.
+    stages of the controls ("shapes", their teacher, then "expression", "geometry" or one of its kinds) and
+    "distil" (a LoRA that paints in four steps) learn beside the finished model in ``output``, "points68" the net that
+    finds 68 points in a photo.
     Raises :class:`WrongRequest` for an unknown stage, :class:`WeightsMissing` where an earlier one is missing, and
     :class:`facegen.errors.Cancelled` on Ctrl-C; the same call goes on. ``start`` is a finished model (such as the
     embedded one) with which the diffusion begins instead of from nothing; its autoencoder is kept.

@@ -7,6 +7,7 @@ read clean latents, what its clean estimate shows; the net is a teacher and does
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from facegen.training.cache import shuffled
-from facegen.training.loop import Objective
+from facegen.training.loop import STATE, Objective, wear_average
 from facegen.training.reader import LatentNet, ReaderSettings, worn
 from facegen.world.parameters import EXPRESSION
 
@@ -56,9 +57,17 @@ def points_of(pictures: Cache, rows: Tensor) -> Tensor:
     return (pictures.field("landmarks68", rows).float() + 0.5) * (2 / size) - 1
 
 
-def new_reader(lessons: Lessons) -> ShapeReader:
-    """Untrained, for these latents; it knows how much each coefficient varies."""
-    return ShapeReader(lessons.latents.shape[1], lessons.pictures.whole("expression").float().std(0).clamp(min=1e-3))
+def new_reader(lessons: Lessons, start: Path | None = None) -> ShapeReader:
+    """For these latents; it knows how much each coefficient varies.
+
+    start: the run of the reader of people and facts, if there is one: what that sees is a good beginning.
+    """
+    spread = lessons.pictures.whole("expression").float().std(0).clamp(min=1e-3)
+    reader = ShapeReader(lessons.latents.shape[1], spread)
+    if start is not None and (start / STATE).exists():
+        for part in ("body", "mix"):
+            wear_average(nn.ModuleDict({"reader": reader}), start, only=f"reader.{part}.")
+    return reader
 
 
 class ShapeReaderObjective(Objective):

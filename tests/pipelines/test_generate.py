@@ -279,7 +279,7 @@ def test_landmarks_come_from_a_photo_and_turn_with_the_pose(
     from facegen.face.networks import KeypointNet
     from facegen.models.geometry import Geometry, draw_landmarks, posed_points
 
-    with pytest.raises(WeightsMissing, match="facegen train mini --stages landmarks"):
+    with pytest.raises(WeightsMissing, match="facegen train mini --stages geometry"):
         pipe(geometry=drawn(1), geometry_kind="landmarks", seed=1, **QUICK)
     control = Geometry.fresh("landmarks", pipe.model)
     with torch.no_grad():

@@ -6,50 +6,58 @@ comes from another picture of theirs, which shows another expression and pose, s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from facegen.adapter import Adapter, AdapterRequest, halves
-from facegen.attention.backends import for_training
 from facegen.conditions import Condition, TextCondition
-from facegen.models.geometry import Geometry, drawn
+from facegen.models.base import Model
+from facegen.models.geometry import ALL, KINDS, Geometry, draw_landmarks, draw_sketch
+from facegen.models.norms import quicken
 from facegen.training.cache import shuffled
-from facegen.training.loop import Objective
-from facegen.training.objectives.velocity import VelocityObjective
+from facegen.training.diffusion import Lessons
+from facegen.training.maps import MAPPED, Maps, draw_maps
+from facegen.training.objectives.denoising import DenoisingObjective, another, face_weights, noise_levels
+from facegen.training.shapes import ShapeReader, apart, points_of
 from facegen.world.captions import caption
-
-if TYPE_CHECKING:
-    from facegen.models.base import Model
-    from facegen.training.diffusion import Lessons
 
 
 @dataclass(frozen=True)
 class ControlSettings:
-    """left_out: share of rows without the control; with_person: of batches in which an adapter brings the person."""
+    """left_out, no_prompt: share of rows without the control, without words; with_person: of batches in which an
+    adapter brings the person; taught: weight of what the teacher says."""
 
     batch: int = 32
     left_out: float = 0.1
+    no_prompt: float = 0.2
     with_person: float = 0.5
-    size: int = 128  # pixels of the maps
+    face: float = 4.0
+    taught: float = 0.3
     seed: int = 12
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Rows: clean latents, prompts, RAW embeddings of other pictures (None: prompt alone), control (B, …)."""
+    """Rows: clean latents, prompts, RAW embeddings of other pictures (None: prompt alone), control (B, …), whether it
+    acts (B,), what the teacher should read (B, …), and how much each place weighs (B, h, w)."""
 
     latents: Tensor
     prompts: list[str]
     embeddings: Tensor | None
     control: Tensor
+    acts: Tensor
+    shown: Tensor
+    weights: Tensor
 
 
-class ControlObjective(Objective):
-    """Predict the velocity of noisy latents under a control; only the control learns."""
+class ControlObjective(DenoisingObjective):
+    """Predict the velocity of noisy latents under a control; only the control learns.
+
+    With ``teacher`` the clean estimate must also show the expression, or have its points where the map has them, the
+    more the less noise there is. A geometry of all kinds draws a kind for each row.
+    """
 
     name = "control"
 
@@ -62,46 +70,87 @@ class ControlObjective(Objective):
         *,
         person: Adapter | None = None,
         held_out: Lessons | None = None,
+        teacher: ShapeReader | None = None,
+        maps: Maps | None = None,
     ) -> None:
-        self.model, self.control, self.lessons, self.settings = model, control, lessons, settings
-        self.person, self.held_out = person, held_out
-        self.velocity = VelocityObjective(model.scheduler_config)
+        super().__init__(model, lessons, held_out, model.scheduler_config)
+        self.control, self.settings = control, settings
+        self.person, self.teacher, self.maps = person, teacher, maps
+        self.kinds: tuple[str, ...] = ()
+        if isinstance(control, Geometry):
+            self.kinds = KINDS if control.kind == ALL else (control.kind,)
         model.unet.requires_grad_(False)
-        net = control.net if isinstance(control, Geometry) else control.modules()
-        self.module = nn.ModuleDict({"control": net})
+        # A ControlNet goes by its name: parameter_groups knows it.
+        self.module = nn.ModuleDict(
+            {"controlnet": control.net} if isinstance(control, Geometry) else {"control": control.modules()}
+        )
+        for part in (model.unet, self.module):
+            part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            quicken(part)
 
     def batch(self, step: int, generator: torch.Generator) -> Batch:
         settings = self.settings
         rows = shuffled(len(self.lessons.pictures), settings.batch, step, settings.seed)
-        roll = torch.rand(1 + len(rows), generator=generator)
-        with_person = self.person is not None and float(roll[0]) < settings.with_person
-        return self._gather(self.lessons, rows, roll[1:] >= settings.left_out, with_person, generator)
+        roll = torch.rand(2, len(rows), generator=generator)
+        with_person = self.person is not None and float(torch.rand((), generator=generator)) < settings.with_person
+        kinds = [self.kinds[int(one * len(self.kinds))] for one in roll[1]] if self.kinds else []
+        if self.maps is not None:
+            mapped = torch.tensor([kind in MAPPED for kind in kinds])
+            drawn = self.maps.rows[shuffled(len(self.maps.rows), settings.batch, step, settings.seed + 1)]
+            rows = torch.where(mapped, drawn, rows)
+        return self._gather(self.lessons, rows, (roll[0] >= settings.left_out, kinds), with_person, generator)
 
     def _gather(
-        self, lessons: Lessons, rows: Tensor, kept: Tensor, with_person: bool, generator: torch.Generator
+        self,
+        lessons: Lessons,
+        rows: Tensor,
+        how: tuple[Tensor, list[str]],
+        with_person: bool,
+        generator: torch.Generator,
     ) -> Batch:
+        """how: whether the control acts in each row, and of which kind it is."""
+        acts, kinds = how
         scenes = lessons.pictures.scenes(rows)
-        if isinstance(self.control, Geometry):
-            control = self._maps(lessons, rows) * kept.view(-1, 1, 1, 1)
+        if kinds:
+            control, shown = self._maps(lessons, rows, kinds), points_of(lessons.pictures, rows)
         else:
-            control = scenes.expression * kept[:, None]
-        embeddings = lessons.embeddings[_others(lessons, rows)].float() if with_person else None
-        return Batch(lessons.latents[rows].float(), caption(scenes, generator), embeddings, control)
+            control = shown = scenes.expression
+        roll = torch.rand(2, len(rows), generator=generator)
+        prompts = [
+            "" if drop else text
+            for text, drop in zip(caption(scenes, generator), (roll[0] < self.settings.no_prompt).tolist(), strict=True)
+        ]
+        return Batch(
+            lessons.latents[rows].float(),
+            prompts,
+            lessons.embeddings[another(lessons, rows, roll[1])].float() if with_person else None,
+            control * acts.view(-1, *[1] * (control.ndim - 1)),
+            acts,
+            shown,
+            face_weights(lessons, rows, self.settings.face),
+        )
 
-    def _maps(self, lessons: Lessons, rows: Tensor) -> Tensor:
-        """(B, 3, size, size) drawn from the truth."""
-        from facegen.models.geometry import draw_landmarks, draw_sketch
-        from facegen.world.render import render
-
-        assert isinstance(self.control, Geometry)
-        kind, size = self.control.kind, self.settings.size
-        if kind == "landmarks":
-            points = lessons.pictures.field("landmarks68", rows).float().numpy()
-            return torch.stack([draw_landmarks(one, (size, size)) for one in points])
-        if kind == "sketch":
-            return torch.stack([draw_sketch(one) for one in lessons.pictures.rgb(rows)])
-        made = render(lessons.pictures.scenes(rows), size, supersample=1)
-        return torch.stack([drawn(kind, made, row) for row in range(len(rows))])
+    def _maps(self, lessons: Lessons, rows: Tensor, kinds: list[str]) -> Tensor:
+        """(B, 3, H, W) drawn from the truth, as large as the pictures."""
+        pictures = lessons.pictures
+        size = pictures.field("rgb", rows[:1]).shape[1]
+        found = torch.zeros(len(rows), 3, size, size)
+        chosen = {kind: torch.tensor([one == kind for one in kinds]).nonzero()[:, 0] for kind in KINDS}
+        points = (
+            pictures.field("landmarks68", rows[chosen["landmarks"]]).float().numpy() if "landmarks" in kinds else ()
+        )
+        for place, one in zip(chosen["landmarks"].tolist(), points, strict=True):
+            found[place] = draw_landmarks(one, (size, size))
+        if "sketch" in kinds:
+            for place, photo in zip(chosen["sketch"].tolist(), pictures.rgb(rows[chosen["sketch"]]), strict=True):
+                found[place] = draw_sketch(photo)
+        for kind in MAPPED:
+            own = rows[chosen[kind]]
+            if len(own):
+                known = self.maps is not None and lessons is self.lessons
+                maps = self.maps if known and self.maps is not None else draw_maps(pictures, own.sort().values, size)
+                found[chosen[kind]] = maps.of(kind, own, size)
+        return found
 
     def conditions(self, batch: Batch) -> list[Condition]:
         """The same conditions that a picture is made under."""
@@ -112,45 +161,44 @@ class ControlObjective(Objective):
             asked = AdapterRequest(guidance=False, scale=1.0, prompt=batch.prompts)
             made += self.person.conditions_from_embeddings(batch.embeddings, self.model, asked)
         if isinstance(self.control, Geometry):
-            return [*made, self.control.condition(batch.control)]
+            return [*made, self.control.condition(batch.control.contiguous(memory_format=torch.channels_last))]
         asked = AdapterRequest(guidance=False, scale=1.0)
         return [*made, *self.control.conditions_from_embeddings(batch.control, self.model, asked)]
 
-    def loss(self, batch: Batch, step: int, generator: torch.Generator) -> Mapping[str, Tensor]:
-        timesteps = torch.randint(1000, (len(batch.latents),), generator=generator, device=generator.device)
+    def loss(self, batch: Batch, step: int, generator: torch.Generator) -> dict[str, Tensor]:
+        timesteps = noise_levels(len(batch.latents), generator)
         noise = torch.randn(batch.latents.shape, generator=generator, device=generator.device)
-        return {"loss": self._error(batch, noise, timesteps)}
+        return self._loss(batch, noise, timesteps)
 
-    def _error(self, batch: Batch, noise: Tensor, timesteps: Tensor) -> Tensor:
-        noisy = self.velocity.noisy(batch.latents, noise, timesteps)
-        backend = for_training(noisy.device)
-        prepared = self.model.prepare(self.conditions(batch), len(batch.latents), guidance=False, backend=backend)
-        found = self.model.predict(noisy, timesteps, prepared.throughout())
-        return self.velocity.errors(found, batch.latents, noise, timesteps).mean()
+    def _loss(self, batch: Batch, noise: Tensor, timesteps: Tensor) -> dict[str, Tensor]:
+        found, noisy = self.predicted(lambda: self.conditions(batch), batch.latents, noise, timesteps)
+        error = (batch.weights * self.velocity.errors(found, batch.latents, noise, timesteps)).mean()
+        if self.teacher is None:
+            return {"loss": error}
+        clean, certain = self.velocity.clean(found, noisy, timesteps)
+        units, points = self.teacher(clean.contiguous(memory_format=torch.channels_last))
+        off = apart(points, batch.shown) if self.kinds else self.teacher.unlike(units, batch.shown)
+        weight = certain * batch.acts
+        amiss = (weight * off).sum() / weight.sum().clamp(min=1e-6)
+        return {"loss": error + self.settings.taught * amiss, "error": error, "amiss": amiss}
 
     def figures(self) -> dict[str, float]:
-        """The velocity's error on held-out people with the control and without it, at evenly spread noise."""
+        """On held-out people, at evenly spread noise, with the control and without it: the velocity's error, and what
+        the teacher finds amiss. Each kind by itself."""
         if self.held_out is None:
             return {}
         rows = torch.arange(min(64, len(self.held_out.pictures)))
         found = {}
-        for name, share in (("with", 1.0), ("without", 0.0)):
-            generator = torch.Generator().manual_seed(13)
-            batch = self._gather(self.held_out, rows, torch.full((len(rows),), share), False, generator)
-            noise = torch.randn(batch.latents.shape, generator=generator)
-            found[f"held_out_{name}"] = round(
-                float(self._error(batch, noise, torch.linspace(0, 999, len(rows)).long())), 4
-            )
+        for kind in self.kinds or ("",):
+            for name, acts in (("with", True), ("without", False)):
+                generator = torch.Generator().manual_seed(13)
+                how = (torch.full((len(rows),), True), [kind] * len(rows) if kind else [])
+                batch = self._gather(self.held_out, rows, how, False, generator)
+                if not acts:
+                    batch.control.zero_()
+                noise = torch.randn(batch.latents.shape, generator=generator)
+                losses = self._loss(batch, noise, torch.linspace(0, 999, len(rows)).long())
+                for part, value in losses.items():
+                    if part != "loss" or self.teacher is None:
+                        found["_".join(filter(None, ("held_out", kind, part, name)))] = round(float(value), 4)
         return found
-
-
-def _others(lessons: Lessons, rows: Tensor) -> Tensor:
-    """For each row the next picture of the same person, around the end to the first; itself if it is the only one."""
-    label = lessons.pictures.label
-    order = torch.argsort(label, stable=True)
-    place = torch.empty_like(order)
-    place[order] = torch.arange(len(order))
-    sizes = torch.bincount(label)
-    starts = torch.cumsum(sizes, 0) - sizes
-    own = label[rows]
-    return order[starts[own] + (place[rows] - starts[own] + 1) % sizes[own]]
