@@ -97,7 +97,7 @@ class ShapeReaderObjective(Objective):
     def loss(self, batch: Mapping[str, Tensor], step: int, generator: torch.Generator) -> dict[str, Tensor]:
         units, points = self.reader(worn(batch["latents"], self.settings, generator))
         unlike, off = self.reader.unlike(units, batch["units"]).mean(), apart(points, batch["points"]).mean()
-        return {"loss": unlike + off, "unlike": unlike, "apart": off}
+        return {"loss": 4 * unlike + off / 4, "unlike": unlike, "apart": off}  # about alike in size, once learnt
 
     def figures(self) -> dict[str, float]:
         """On clean held-out latents: correlation (mean over the units) and mean distance of the points in sides."""
