@@ -303,9 +303,23 @@ def save_base(model: Model, folder: Path) -> None:
         requires_safety_checker=False,
     )
     pipeline.save_pretrained(folder, max_shard_size="15MB")
-    for path in folder.glob("*/config.json"):  # where its parts were loaded from is nobody's business
-        config = json.loads(path.read_text("utf-8"))
-        write_json(path, {name: value for name, value in config.items() if name != "_name_or_path"})
+    for path in folder.glob("*/config.json"):
+        _forget_origin(path)
+
+
+@torch.no_grad()
+def save_vae(vae: Any, folder: Path) -> None:
+    """The autoencoder as `save_base` writes it."""
+    import copy
+
+    copy.deepcopy(vae).half().to(memory_format=torch.contiguous_format).save_pretrained(folder)
+    _forget_origin(folder / "config.json")
+
+
+def _forget_origin(path: Path) -> None:
+    """Where its parts were loaded from is nobody's business."""
+    config = json.loads(path.read_text("utf-8"))
+    write_json(path, {name: value for name, value in config.items() if name != "_name_or_path"})
 
 
 def _plain(model: Model) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 
 from facegen.face.networks import RecogniserNet
 from facegen.face.warp import aligned_crops
-from facegen.training.cache import Cache
+from facegen.models.norms import quicken
+from facegen.training.cache import Cache, shuffled
 from facegen.training.loop import Objective
 from facegen.training.objectives.reconstruction import feature_loss, reconstruction_loss
 
@@ -32,6 +34,9 @@ class VAESettings:
     kl: float = 2e-5
     color: float = 1.0
     face: float = 0.2  # weight of what the recogniser sees in the aligned face, where there is a recogniser
+    decoder_batch: int = 8  # pictures, where the decoder learns alone
+    decoder_face: float = 0.5
+    seed: int = 8
 
 
 def new_vae(settings: VAESettings) -> AutoencoderKL:
@@ -130,6 +135,52 @@ class VAEObjective(Objective):
             found = (self.vae.decode(self.vae.encode(images * 2 - 1).latent_dist.mode()).sample / 2 + 0.5).clamp(0, 1)
             total.append(-10 * (found - images).square().mean((1, 2, 3)).log10())
         return {"psnr": round(float(torch.cat(total).mean()), 2)}
+
+
+class DecoderObjective(VAEObjective):
+    """The decoder goes on alone, from latents that are kept: all that was learnt from them stays valid."""
+
+    name = "decoder"
+
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        pictures: Cache,
+        held_out: Cache | None,
+        settings: VAESettings,
+        recogniser: RecogniserNet,
+        latents: Tensor,
+    ) -> None:
+        super().__init__(vae, pictures, held_out, settings, recogniser)
+        self.latents = latents  # (N, C, h, w)
+        parts = {"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv}
+        self.module = nn.ModuleDict(cast("dict[str, nn.Module]", parts))
+        vae.requires_grad_(False)
+        self.module.requires_grad_(True)
+        quicken(self.module)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Muon moves the convolutions between blocks; what leads in and out, and all vectors, AdamW."""
+        groups: dict[bool, list[Tensor]] = {True: [], False: []}
+        for name, weight in self.module.named_parameters():
+            inside = weight.ndim > 1 and "_block" in name
+            groups[inside].append(weight)
+        return [{"params": weights, "muon": inside} for inside, weights in groups.items()]
+
+    def batch(self, step: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Rows (B,) of the pictures, and the face's points in them (B, 5, 2)."""
+        rows = shuffled(len(self.rgb), self.settings.decoder_batch, step, self.settings.seed)
+        return rows, self.points[rows]
+
+    def loss(self, batch: tuple[Tensor, Tensor], step: int, generator: torch.Generator) -> dict[str, Tensor]:
+        assert self.recogniser is not None
+        rows, points = batch
+        images = (self.rgb[rows].permute(0, 3, 1, 2).float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+        found = cast(Any, self.vae).decode(self.latents[rows].float()).sample.float()
+        rebuilt = reconstruction_loss(found, images)
+        crops = aligned_crops(torch.cat([found, images]), points.repeat(2, 1, 1), self.recogniser.config["size"])
+        face = feature_loss(self.recogniser.seen(crops))
+        return {"loss": rebuilt + self.settings.decoder_face * face, "rebuilt": rebuilt, "face": face}
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from facegen.errors import WrongRequest
+from facegen.face.networks import RecogniserNet
 from facegen.training.cache import Cache
 from facegen.training.diffusion import (
     SCHEDULER,
@@ -24,7 +25,7 @@ from facegen.training.loop import Budget, LoopSettings, run
 from facegen.training.mini import STAGES, train
 from facegen.training.objectives.denoising import another, face_weights
 from facegen.training.objectives.velocity import VelocityObjective
-from facegen.training.vae import VAEObjective, VAESettings, encode_all, fold_statistics, new_vae
+from facegen.training.vae import DecoderObjective, VAEObjective, VAESettings, encode_all, fold_statistics, new_vae
 
 VAE = VAESettings(channels=(16, 16, 32, 32), latent_channels=4, batch=2, crop=64)
 SIZES = DiffusionSettings(
@@ -62,6 +63,21 @@ def test_the_autoencoder_learns(pictures: Cache, tmp_path: Path) -> None:
     before = objective.figures()["psnr"]
     measured = run(objective, tmp_path, Budget(steps=30), LoopSettings(learning_rate=2e-3, warmup=5, average=0.9))
     assert measured["psnr"] > before + 3
+
+
+def test_the_decoder_learns_alone(pictures: Cache, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    vae = new_vae(VAE)
+    recogniser = RecogniserNet(16, widths=(8, 8, 8), size=32).eval().requires_grad_(False)
+    latents = encode_all(vae, pictures)
+    before = {name: value.clone() for name, value in vae.state_dict().items()}
+    settings = replace(VAE, crop=pictures.whole("rgb").shape[1])
+    objective = DecoderObjective(vae, pictures, pictures, settings, recogniser, latents)
+    worse = objective.figures()["psnr"]
+    measured = run(objective, tmp_path, Budget(steps=30), LoopSettings(learning_rate=2e-3, warmup=5, average=0.9))
+    assert measured["psnr"] > worse + 3
+    changed = {name.split(".")[0] for name, value in vae.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {"decoder", "post_quant_conv"}
 
 
 def test_folding_statistics_changes_latents_but_no_picture(pictures: Cache) -> None:
