@@ -65,17 +65,28 @@ def render_cache(folder: Path, plan: CachePlan, worker: int = 0, workers: int = 
     for shard in tqdm(range(worker, plan.shards, workers), desc=f"worker {worker}", mininterval=20.0):
         if (folder / f"{shard:05d}").is_dir():
             continue
-        arrays = _draw(plan, *plan.names(shard))
-        unfinished = folder / f".{shard:05d}.{os.getpid()}"
-        unfinished.mkdir(exist_ok=True)
-        for name, array in arrays.items():
-            np.save(unfinished / f"{name}.npy", array)
-        try:
-            os.rename(unfinished, folder / f"{shard:05d}")
-            drawn += 1
-        except OSError:  # another worker was faster
-            shutil.rmtree(unfinished)
+        drawn += keep_shard(folder, shard, _draw(plan, *plan.names(shard)))
     return drawn
+
+
+def keep_shard(folder: Path, shard: int, arrays: Mapping[str, np.ndarray]) -> bool:
+    """Write a shard's fields; False if another worker was faster."""
+    unfinished = folder / f".{shard:05d}.{os.getpid()}"
+    unfinished.mkdir(parents=True, exist_ok=True)
+    for name, array in arrays.items():
+        np.save(unfinished / f"{name}.npy", array)
+    try:
+        os.rename(unfinished, folder / f"{shard:05d}")
+    except OSError:
+        shutil.rmtree(unfinished)
+        return False
+    return True
+
+
+def stored_pixels(rgb: Tensor) -> np.ndarray:
+    """Drawn pictures (B, 3, H, W) in [0, 1] → (B, H, W, 3) uint8, as a cache keeps them."""
+    pixels: np.ndarray = (rgb.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    return pixels
 
 
 def _agree(folder: Path, plan: CachePlan) -> None:
@@ -101,7 +112,7 @@ def _draw(plan: CachePlan, people: Sequence[int], pictures: Sequence[int], batch
     for start in range(0, len(scenes), batch):
         drawn = render(scenes[start : start + batch], plan.size)
         fields = {
-            "rgb": (drawn.rgb.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy(),  # (B, H, W, 3)
+            "rgb": stored_pixels(drawn.rgb),  # (B, H, W, 3)
             "parsing": drawn.parsing.byte().numpy(),  # (B, H, W)
             "landmarks5": drawn.landmarks5.half().numpy(),  # (B, 5, 2)
             "landmarks68": drawn.landmarks68.half().numpy(),  # (B, 68, 2)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from facegen.models.geometry import ALL, KINDS, Geometry
-from facegen.training.loop import STATE, Budget, LoopSettings, run, wear_average
+from facegen.training.loop import Budget, LoopSettings, run
 from facegen.training.record import record
 
 if TYPE_CHECKING:
@@ -49,18 +49,14 @@ def control_objective(name: str, shop: Workshop, folder: Path) -> ControlObjecti
     from facegen.training.maps import MAPPED, maps_for
     from facegen.training.mini import learn_from
     from facegen.training.objectives.controls import ControlObjective
-    from facegen.training.shapes import new_reader
+    from facegen.training.shapes import finished_reader
 
     model = Model.from_pretrained(shop.output, dtype=torch.float32, device="cpu")
     person = load_adapter(shop.output / "adapters" / "ip_adapter_faceid", model)
     person.modules().requires_grad_(False)
     control: Any = Expression.fresh(model) if name == "expression" else Geometry.fresh(name, model)
     lessons, held_out = (learn_from(shop, place, model.vae) for place in (shop.pictures, shop.held_out))
-    teacher = None
-    if (shop.work / "shapes" / STATE).exists():
-        teacher = new_reader(lessons)
-        wear_average(torch.nn.ModuleDict({"reader": teacher}), shop.work / "shapes")
-        teacher.eval().requires_grad_(False)
+    teacher = finished_reader(lessons, shop.work / "shapes")
     maps = None
     if name in (ALL, *MAPPED):
         maps = maps_for(lessons.pictures, folder / "maps.safetensors")

@@ -170,7 +170,7 @@ def _diffusion_objective(shop: Workshop) -> DiffusionObjective:
     torch.manual_seed(DIFFUSION_SETTINGS.seed)
     model = new_model(finished_vae(shop), build_tokenizer(shop.work / "tokenizer"), settings)
     adapters = new_adapters(model, lessons.embeddings.shape[1], settings)
-    objective = DiffusionObjective(model, adapters, lessons, settings, held_out, _finished_reader(shop, lessons))
+    objective = DiffusionObjective(model, adapters, lessons, settings, held_out, finished_reader(shop, lessons))
     if shop.start is not None:
         _begin_with(objective, shop.start)
     else:
@@ -191,7 +191,8 @@ def _instantid_objective(shop: Workshop) -> DiffusionObjective:
     return DiffusionObjective(before.model, adapters, before.lessons, settings, before.held_out, before.reader)
 
 
-def _finished_reader(shop: Workshop, lessons: Lessons) -> LatentReader:
+def finished_reader(shop: Workshop, lessons: Lessons) -> LatentReader:
+    """The reader of latents with its averaged weights."""
     reader = _new_reader(lessons)
     wear_average(torch.nn.ModuleDict({"reader": reader}), shop.work / "reader", only="reader.")
     return reader.eval().requires_grad_(False)
@@ -313,6 +314,13 @@ def distil(shop: Workshop) -> None:
     train_distil(shop)
 
 
+def swap(shop: Workshop) -> None:
+    """A face for another in a photo, learnt from twins, only on demand."""
+    from facegen.training.swap import train_swap
+
+    train_swap(shop)
+
+
 STAGES: Mapping[str, Callable[[Workshop], None]] = {
     "pictures": draw_pictures,
     **{name: train_perception(name) for name in PERCEPTION},
@@ -326,6 +334,7 @@ STAGES: Mapping[str, Callable[[Workshop], None]] = {
 EXTRA: Mapping[str, Callable[[Workshop], None]] = {
     "write": write_model,
     "distil": distil,
+    "swap": swap,
     "points68": train_perception("points68"),
     "shapes": shapes,
     **{name: teach_control(name) for name in CONTROLS},

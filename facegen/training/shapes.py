@@ -70,6 +70,15 @@ def new_reader(lessons: Lessons, start: Path | None = None) -> ShapeReader:
     return reader
 
 
+def finished_reader(lessons: Lessons, run: Path) -> ShapeReader | None:
+    """With the averaged weights of a run; None where there was none."""
+    if not (run / STATE).exists():
+        return None
+    reader = new_reader(lessons)
+    wear_average(nn.ModuleDict({"reader": reader}), run)
+    return reader.eval().requires_grad_(False)
+
+
 class ShapeReaderObjective(Objective):
     """Learn to read expressions and points from latents, also noisy and blurred ones."""
 
