@@ -52,7 +52,7 @@ def draw_maps(pictures: Cache, rows: Tensor, size: int, batch: int = 8) -> Maps:
     return Maps(rows, torch.stack([one[:1] for one in found["depth"]]), torch.stack(found["normals"]))
 
 
-def maps_for(pictures: Cache, path: Path, count: int = 5000, size: int = 64) -> Maps:
+def maps_for(pictures: Cache, path: Path, count: int = 3000, size: int = 64) -> Maps:
     """Maps of ``count`` pictures spread over the cache; kept in ``path``, which is whole or not there."""
     rows = torch.arange(0, len(pictures), max(1, len(pictures) // count))[:count]
     if path.exists():
