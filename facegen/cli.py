@@ -53,7 +53,7 @@ Verb = Callable[[argparse.Namespace], int]
 # what the verbs about the house take
 
 SHEETS = ("people", "expressions", "attributes", "identity", "scene", "truth")
-MEASURES = ("likeness", "inpaint", "swap", "people", "repair", "sliders", "expression", "restore")
+MEASURES = ("likeness", "quality", "inpaint", "swap", "people", "repair", "sliders", "expression", "geometry", "restore")
 DATASETS = ("folder", "webdataset")
 
 
@@ -657,16 +657,16 @@ def _train_slider(request: TrainRequest, asked: SliderRequest, output: Path, wor
 
 
 def _eval(arguments: argparse.Namespace) -> int:
-    from facegen.evaluation.protocol import run
-
     request = from_flags(EvalRequest, arguments)
     output = None if request.output is None else Path(request.output).expanduser()
     if output is not None:
         writable(output.parent)
-    if request.measure != "likeness":
+    if request.measure not in ("likeness", "quality"):
         return _eval_edit(request, output, arguments)
+    from facegen.evaluation import protocol, quality
+
     with bar(arguments) as progress:
-        result = run(
+        result = (quality if request.measure == "quality" else protocol).run(
             model=request.model,
             adapters=request.adapters,
             people=request.people,

@@ -133,6 +133,12 @@ class Judges:
         found = [feature_loss(rows[i : i + len(layers)]) for i in range(0, len(rows), len(layers))]
         return torch.stack(found)
 
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Tensor:
+        """What the last layer of the judge of attributes sees, averaged over places, (B, F)."""
+        parts = _resized(images.to(self.device)).split(64)
+        return torch.cat([self.attributes_net.body(part * 2 - 1).mean((2, 3)).float() for part in parts])
+
     def to(self, device: torch.device | str) -> Judges:
         """Move all nets; returns these judges."""
         nets = (self.likeness, self.attributes_net, self.parsing_net, self.detector)

@@ -42,10 +42,10 @@ class Painter:
 
 
 def test_the_command_line_offers_every_protocol() -> None:
-    assert set(PROTOCOLS) | {"likeness"} == set(MEASURES)
+    assert set(PROTOCOLS) | {"likeness", "quality"} == set(MEASURES)
 
 
-@pytest.mark.parametrize("name", ["inpaint", "swap", "people", "repair", "expression", "restore"])
+@pytest.mark.parametrize("name", ["inpaint", "swap", "people", "repair", "expression", "geometry", "restore"])
 def test_a_perfect_painter_gets_a_perfect_table(mini: Path, name: str) -> None:
     painter = Painter()
     seen: list[tuple[int, int]] = []
@@ -75,6 +75,16 @@ def test_a_perfect_painter_gets_a_perfect_table(mini: Path, name: str) -> None:
         assert rows["light: bicubic"]["distance"] < rows["heavy: bicubic"]["distance"]
         assert rows["light: bicubic"]["likeness"] > rows["heavy: bicubic"]["likeness"]
         assert {fields.get("strength") for _, fields in painter.asked} == {None, 0.0}
+    elif name == "geometry":
+        assert rows["drawn (ceiling)"]["points, % of eyes"] < 15 < rows["depth"]["points, % of eyes"]
+        assert rows["drawn (ceiling)"]["parts"] > rows["depth"]["parts"]
+        assert rows["drawn (ceiling)"]["edges"] == pytest.approx(1, abs=0.02)
+        assert rows["normals"] == rows["no control"]  # the painter hands the photo back
+        kinds = [fields.get("geometry_kind") for _, fields in painter.asked[::3]]
+        assert kinds == [None, "landmarks", "depth", "normals", "sketch", "landmarks"]
+        assert [set(fields["pose"]) for _, fields in painter.asked if "pose" in fields] == [
+            {"yaw", "pitch", "roll", "shift_x", "shift_y", "zoom"}
+        ] * 3
     else:
         assert -1 <= rows["adapter"]["r smile"] <= 1
         assert rows["drawn (ceiling)"]["error"] < rows["no control"]["error"] + 0.2
