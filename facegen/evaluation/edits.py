@@ -27,7 +27,6 @@ Call = Callable[..., Any]
 Progress = Callable[[int, int], None]
 
 SLIDERS = ("smile", "age", "beard", "glasses", "hair_length", "skin", "masculine", "mouth_open")
-_TURNS = ("yaw", "pitch", "roll")
 
 
 @dataclass(frozen=True)
@@ -121,28 +120,12 @@ class Bench:
 
     def expression(self, pictures: Sequence[Image.Image]) -> Tensor:
         """(N, units) as the judge of attributes reads them, NaN for units it does not know."""
-        from facegen.world.parameters import EXPRESSION
-
-        rows = []
-        for one in pictures:
-            seen = self.judges.attributes(to_tensor(one)[None])
-            rows.append([float(seen[unit.name]) if unit.name in seen else float("nan") for unit in EXPRESSION])
-        return torch.tensor(rows)
-
-    def turns(self, pictures: Sequence[Image.Image]) -> Tensor:
-        """(N, 3) yaw, pitch and roll in degrees, by the judge."""
-        seen = [self.judges.attributes(to_tensor(one)[None]) for one in pictures]
-        return torch.tensor([[float(one[name]) for name in _TURNS] for one in seen]).rad2deg()
+        return shapes(self.judges, pictures)[0]
 
     def threshold(self, first: Drawn, second: Drawn) -> float:
         """The cosine that one pair of strangers in a hundred reaches."""
         cosines = second.judged @ first.judged.T
         return float(cosines[~torch.eye(len(cosines), dtype=torch.bool)].quantile(0.99))
-
-
-def _error(found: Tensor, true: Tensor) -> float:
-    """Mean absolute difference where both are known."""
-    return float((found - true).abs().nanmean())
 
 
 def inpaint(bench: Bench) -> Table:
@@ -177,8 +160,8 @@ def swap(bench: Bench) -> Table:
     first, second = bench.drawn(0), bench.drawn(1)
     targets = [*second.photos[1:], second.photos[0]]
     judged = second.judged.roll(-1, 0)
-    expression, turns = bench.expression(targets), bench.turns(targets)
-    ways = ("adapters", "guidance", "both")
+    shown = shapes(bench.judges, targets)
+    ways = ("trained", "adapters", "guidance", "both") if bench.call("can", task="swap") else ("adapters", "guidance", "both")
     bench.total = bench.plan.people * len(ways)
     rows = {"the target itself": _swapped(targets, bench, (first.judged, judged), (expression, turns))}
     for way in ways:
@@ -203,8 +186,8 @@ def _swapped(
         "to source": float(F.cosine_similarity(who, people[0]).mean()),
         "to target": float(F.cosine_similarity(who, people[1]).mean()),
         f"found among {len(who)}": float(right.float().mean()),
-        "expression error": _error(bench.expression(made), shown[0]),
-        "pose error, degrees": _error(bench.turns(made), shown[1]),
+        "expression error": difference(bench.expression(made), shown[0]),
+        "pose error, degrees": difference(bench.turns(made), shown[1]),
     }
 
 
@@ -329,7 +312,7 @@ def expression(bench: Bench) -> Table:
         both = torch.stack([found - found.mean(0), goal - goal.mean(0)])
         correlation = (both[0] * both[1]).sum(0) / both.square().sum(1).prod(0).sqrt().clamp(min=1e-6)
         rows[name] = {
-            "error": _error(found, goal),
+            "error": difference(found, goal),
             "correlation": float(correlation.mean()),
             **{f"r {unit}": float(value) for unit, value in zip(named, correlation, strict=True)},
             "likeness": float(F.cosine_similarity(bench.who(pictures), first.judged).mean()),
@@ -348,6 +331,49 @@ def expression(bench: Bench) -> Table:
             made.append(out.images[0])
         judge(name, made, wanted)
     return Table(f"Expression by numbers: {bench.plan.people} people", rows)
+
+
+def geometry(bench: Bench) -> Table:
+    """Each person in the geometry of another picture of theirs, by every kind of control, against none and the truth.
+
+    own head: the landmarks of the photo of the person, turned to that picture's pose.
+    """
+    from facegen.evaluation.geometry import Goal, followed
+    from facegen.face.landmarks import LandmarkFinder
+    from facegen.models.geometry import KINDS, drawn
+    from facegen.world.parameters import POSE
+    from facegen.world.render import render
+
+    first, second = bench.drawn(0), bench.drawn(1)
+    truth = [render(second.scenes[[row]], 128) for row in range(len(second.scenes))]
+    goals = [Goal(one, second.scenes.pose[row, :3].rad2deg()) for row, one in enumerate(truth)]
+    finder = LandmarkFinder.from_pretrained()
+    photos = [to_pil(one.rgb) for one in truth]
+    rows: dict[str, dict[str, float]] = {}
+
+    def judge(name: str, pictures: Sequence[Image.Image]) -> None:
+        likeness = float(F.cosine_similarity(bench.who(pictures), first.judged).mean())
+        rows[name] = {**followed(bench.judges, finder, pictures, goals), "likeness": likeness}
+
+    def asked(way: str, row: int) -> dict[str, Any]:
+        if way in KINDS:
+            picture = photos[row] if way == "sketch" else to_pil(drawn(way, truth[row]))
+            return {"geometry": picture, "geometry_kind": way}
+        if way == "own head, turned":
+            pose = dict(zip([one.name for one in POSE], second.scenes.pose[row].tolist(), strict=True))
+            return {"geometry_kind": "landmarks", "pose": pose}
+        return {}
+
+    judge("drawn (ceiling)", photos)
+    ways = ("no control", *KINDS, "own head, turned")
+    bench.total = bench.plan.people * len(ways)
+    for way in ways:
+        made = [
+            bench.make("generate", faces=(photo,), prompt="a portrait of a person", select="largest", **asked(way, row))
+            for row, photo in enumerate(first.photos)
+        ]
+        judge(way, [out.images[0] for out in made])
+    return Table(f"Geometry: {bench.plan.people} people, each as another picture of theirs has it", rows)
 
 
 def restore(bench: Bench) -> Table:
@@ -404,6 +430,7 @@ PROTOCOLS: Mapping[str, Callable[[Bench], Table]] = {
     "repair": repair,
     "sliders": sliders,
     "expression": expression,
+    "geometry": geometry,
     "restore": restore,
 }
 
