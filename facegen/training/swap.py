@@ -33,19 +33,24 @@ def swap_objective(shop: Workshop, twins: Cache, held_out: Cache | None = None) 
     from facegen.training.mini import finished_reader, learn_from
     from facegen.training.objectives.swap import SwapObjective, TwinLessons
     from facegen.training.shapes import finished_reader as finished_shapes
+    from facegen.training.twins import twin_latents
 
     model = Model.from_pretrained(shop.output, dtype=torch.float32, device="cpu")
     person = load_adapter(shop.output / "adapters" / BESIDE, model)
-    lessons = learn_from(shop, shop.pictures, model.vae)
-    measured = None if held_out is None else TwinLessons.of(learn_from(shop, shop.held_out, model.vae), held_out)
+
+    def learnt(place: Path, drawn: Cache) -> TwinLessons:
+        return TwinLessons.of(learn_from(shop, place, model.vae), drawn, twin_latents(model.vae, drawn))
+
+    lessons = learnt(shop.pictures, twins)
+    measured = None if held_out is None else learnt(shop.held_out, held_out)
     return SwapObjective(
         model,
         Swap.fresh(KIND, model),
         person,
-        TwinLessons.of(lessons, twins),
+        lessons,
         held_out=measured,
-        reader=finished_reader(shop, lessons),
-        shapes=finished_shapes(lessons, shop.work / "shapes"),
+        reader=finished_reader(shop, lessons.lessons),
+        shapes=finished_shapes(lessons.lessons, shop.work / "shapes"),
     )
 
 

@@ -7,6 +7,7 @@ pictures made the other way round, from swaps of a poorer net, is what Yuan et a
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,6 +15,9 @@ from torch import Tensor
 
 from facegen.training.cache import Cache, keep_shard, stored_pixels
 from facegen.world.parameters import IDENTITY, Scenes
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
 
 # What lies around a face stays with the picture, as it does in a swap. Beard, age and make-up are the picture's anyway.
 AROUND_THE_FACE = ("ear_size", "ear_stickout", "neck_width", "forehead_height")
@@ -41,6 +45,22 @@ def render_twins(pictures: Cache, folder: Path, count: int, seed: int = 0) -> Ca
             generator = torch.Generator().manual_seed(seed * 1_000_003 + shard)
             keep_shard(folder, shard, _draw(pictures, part.sort().values, generator))
     return Cache(folder, slice(len(parts)))
+
+
+@torch.no_grad()
+def twin_latents(vae: AutoencoderKL, twins: Cache) -> Tensor:
+    """Latents (T, C, h, w) float16 of twins, kept beside them."""
+    from safetensors.torch import load_file
+
+    from facegen.training.checkpoint import save_tensors
+    from facegen.training.vae import encode_all
+
+    path = twins.folder / "latents.safetensors"
+    kept = load_file(path)["latents"] if path.exists() else None
+    if kept is None or len(kept) != len(twins):
+        kept = encode_all(vae, twins)
+        save_tensors({"latents": kept}, path)
+    return kept
 
 
 def _draw(pictures: Cache, rows: Tensor, generator: torch.Generator, batch: int = 20) -> dict[str, np.ndarray]:

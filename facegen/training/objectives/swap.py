@@ -45,23 +45,25 @@ class SwapSettings:
 
 @dataclass(frozen=True, eq=False)
 class TwinLessons:
-    """Pictures, and twins of some of them: a cache whose field `row` is the picture's place."""
+    """Pictures, and twins of some of them."""
 
     lessons: Lessons
-    twins: Cache
-    rows: Tensor
+    twins: Tensor  # latents (T, C, h, w)
+    rows: Tensor  # (T,) int64, whose twins they are
     people: Tensor  # unit vectors (N, D) of the people of all pictures
 
     @classmethod
-    def of(cls, lessons: Lessons, twins: Cache) -> TwinLessons:
-        return cls(lessons, twins, twins.whole("row"), person_means(lessons))
+    def of(cls, lessons: Lessons, twins: Cache, latents: Tensor) -> TwinLessons:
+        """twins: as `facegen.training.twins.render_twins` draws them, with their latents."""
+        return cls(lessons, latents, twins.whole("row"), person_means(lessons))
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Rows: clean latents, prompts, RAW embeddings of other pictures (zero: nobody), photos (B, 3, H, W), who is to be
-    seen (zero: not asked), what the prompts or the photo leave open, whether there is a photo (B,), the expression and
-    the points that it shows, weights (B, h, w) of the error.
+    """Rows: clean latents, prompts, RAW embeddings of other pictures (zero: nobody), latents of photos (zero: none).
+
+    Besides who is to be seen (zero: not asked), what the prompts or the photo leave open, whether there is a photo,
+    the expression and the points that it shows, and weights (B, h, w) of the error.
     """
 
     latents: Tensor
@@ -120,7 +122,7 @@ class SwapObjective(DenoisingObjective):
         no_face, no_photo = roll[0] < share[0], (roll[0] >= share[0]) & (roll[0] < share[1])
         same = no_face | (roll[0] >= share[1]) & (roll[0] < share[2])
         itself = same.view(-1, 1, 1, 1)
-        photos = torch.where(itself, lessons.pictures.rgb(rows), learnt.twins.rgb(places))
+        photos = torch.where(itself, lessons.latents[rows], learnt.twins[places]).float()
         photos = photos * ~no_photo.view(-1, 1, 1, 1)
         captions = caption(lessons.pictures.scenes(rows), generator)
         silent = (roll[1] < settings.no_prompt).tolist()
@@ -179,7 +181,7 @@ class SwapObjective(DenoisingObjective):
         """The error on held-out people's true pictures, from their twins and from nothing, at evenly spread noise."""
         if self.measured is None:
             return {}
-        found = {}
+        found: dict[str, float] = {}
         places = torch.arange(min(64, len(self.measured.twins)))
         # No row is of a rare kind, all have a caption; or none has a photo.
         for name, kind in (("twin", 1.0), ("nothing", self.settings.no_face)):
