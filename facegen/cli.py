@@ -53,7 +53,9 @@ Verb = Callable[[argparse.Namespace], int]
 # what the verbs about the house take
 
 SHEETS = ("people", "expressions", "attributes", "identity", "scene", "truth")
-MEASURES = ("likeness", "quality", "inpaint", "swap", "people", "repair", "sliders", "expression", "geometry", "restore")
+MEASURES = (
+    "likeness", "quality", "inpaint", "swap", "people", "repair", "sliders", "expression", "geometry", "restore",
+)  # fmt: skip
 DATASETS = ("folder", "webdataset")
 
 

@@ -112,14 +112,10 @@ def is_map(picture: Image.Image) -> bool:
     """Whether a picture is drawn lines on black, white or in the colours of landmarks, rather than a photo."""
     pixels = np.asarray(picture.convert("RGB"), np.int16)
     bright = pixels.max(axis=2)
-    lines = pixels[bright >= 64].astype(np.float32)
     if (bright < 16).mean() <= 0.6:
         return False
-    if bool((np.ptp(pixels, axis=2) <= 8).all()):
-        return True
-    pure = lines / lines.max(axis=1, keepdims=True)
-    known = np.asarray([*dict.fromkeys(COLORS)], np.float32) / 255
-    return bool((np.abs(pure[:, None] - known).max(axis=2).min(axis=1) < 0.2).mean() > 0.7)
+    gray = bool((np.ptp(pixels, axis=2) <= 8).all())
+    return gray or bool((pixels.min(axis=2) < 0.4 * bright)[bright >= 64].mean() > 0.8)  # pure colours
 
 
 def posed_points(pose: dict[str, float], size: tuple[int, int], head: Head | None = None) -> np.ndarray[Any, Any]:

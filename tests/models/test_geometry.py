@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 
 from facegen.errors import WeightsMissing, WrongRequest
+from facegen.images import to_pil
 from facegen.models.base import Model
-from facegen.models.geometry import KINDS, Geometry, drawn, posed_points, read
+from facegen.models.geometry import KINDS, Geometry, drawn, is_map, posed_points, read
 from facegen.world.render import render
 from facegen.world.sampling import scene_for
 
@@ -24,8 +25,22 @@ def test_maps_are_drawn_from_the_truth() -> None:
     assert (maps["depth"][:, background] == 0).float().mean() > 0.9
     assert maps["depth"].max() == 1
     x, y = made.landmarks68[0, 30].round().long().tolist()  # the nose tip
-    assert maps["landmarks"][0, max(y - 1, 0) : y + 2, max(x - 1, 0) : x + 2].max() > 0.3
+    assert maps["landmarks"][:, max(y - 1, 0) : y + 2, max(x - 1, 0) : x + 2].max() > 0.3
     assert torch.allclose(maps["normals"][2, background], torch.tensor(1.0))
+
+
+def test_lines_on_black_are_a_map_and_photos_are_not() -> None:
+    made = render(scene_for(0, 1, 1), 128)
+    lines, sketch, photo = drawn("landmarks", made), drawn("sketch", made), made.rgb[0]
+    assert lines.amax(0).gt(0.5).float().mean() < 0.2
+    shown = {tuple(color) for color in lines.gt(0.7).flatten(1).T.tolist()}
+    assert shown >= {(False, False, False), (True, False, False), (False, True, False), (True, True, False)}
+    assert is_map(to_pil(lines))
+    assert is_map(to_pil(lines.amax(0, keepdim=True)))  # white ones are lines too
+    assert is_map(to_pil(sketch))
+    assert not is_map(to_pil(photo))
+    alone = photo * (made.parsing[0] > 0)
+    assert not is_map(to_pil(torch.nn.functional.pad(alone, (64, 64, 64, 64))))  # a face before nothing but black
 
 
 def test_a_turned_head_has_other_points() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -278,6 +279,8 @@ def test_landmarks_come_from_a_photo_and_turn_with_the_pose(
     from facegen.face.landmarks import LandmarkFinder
     from facegen.face.networks import KeypointNet
     from facegen.models.geometry import Geometry, draw_landmarks, posed_points
+    from facegen.world.render import render
+    from facegen.world.sampling import scene_for
 
     with pytest.raises(WeightsMissing, match="facegen train mini --stages geometry"):
         pipe(geometry=drawn(1), geometry_kind="landmarks", seed=1, **QUICK)
@@ -293,7 +296,7 @@ def test_landmarks_come_from_a_photo_and_turn_with_the_pose(
     off = pipe(**call, geometry_strength=0.0).images[0]
     assert not np.array_equal(pixels(photo), pixels(turned))
     assert np.array_equal(pixels(off), pixels(pipe(seed=1, **QUICK).images[0]))
-    lines = draw_landmarks(pipe.finder.find(drawn(1), pipe.one_face(drawn(1), "only")), drawn(1).size)
+    lines = draw_landmarks(render(scene_for(0, 1, 1), 64).landmarks68[0].numpy(), (64, 64))
     as_map = Image.fromarray((lines.permute(1, 2, 0).numpy() * 255).astype(np.uint8))
     assert not np.array_equal(pixels(pipe(**{**call, "geometry": as_map}).images[0]), pixels(off))
     with pytest.raises(WrongRequest, match="give the photo"):
@@ -308,6 +311,24 @@ def test_landmarks_come_from_a_photo_and_turn_with_the_pose(
     assert not np.allclose(posed_points({}, (64, 64), head), posed_points({}, (64, 64)), atol=0.1)
     with pytest.raises(WrongRequest, match="A pose needs"):
         pipe(prompt="x", pose={"yaw": 0.1}, **QUICK)
+
+
+def test_one_net_may_follow_every_kind(pipe: GeneratePipeline, tiny: Path, tmp_path: Path, drawn: Drawn) -> None:
+    from facegen.models.geometry import ALL, KINDS, Geometry
+
+    (tmp_path / "base").symlink_to(tiny / "base")
+    own = GeneratePipeline(replace(pipe.loaded, loading=replace(pipe.loaded.loading, model=str(tmp_path)), controls={}))
+    shared = Geometry.fresh(ALL, own.model)
+    with torch.no_grad():
+        for parameter in shared.net.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    shared.save(tmp_path / "controls")
+    Geometry.fresh("depth", own.model).save(tmp_path / "controls")
+    assert {kind: own.control(kind).kind for kind in KINDS} == dict.fromkeys(KINDS, ALL) | {"depth": "depth"}
+    assert own.control("normals") is own.control("sketch")
+    call: dict[str, Any] = {"geometry": drawn(1), "seed": 1, **QUICK}
+    sketched, shaded = (own(**call, geometry_kind=kind).images[0] for kind in ("sketch", "normals"))
+    assert not np.array_equal(pixels(sketched), pixels(shaded))
 
 
 def test_light_comes_from_a_photo(pipe: GeneratePipeline, drawn: Drawn) -> None:
