@@ -636,10 +636,11 @@ class Pipeline(ABC, Generic[R]):
         from facegen.errors import WeightsMissing
         from facegen.models.base import locate
         from facegen.models.geometry import ALL, Geometry
+        from facegen.models.swap import Swap
 
         if name in self.loaded.controls:
             return self.loaded.controls[name]
-        kind: Any = Expression if name == "expression" else Geometry
+        kind: Any = {"expression": Expression, "swap": Swap}.get(name, Geometry)
         folder = locate(self.loaded.loading.model).parent / ("adapters" if kind is Expression else "controls")
         stage = ALL if kind is Geometry else name
         path = next((folder / one for one in (name, stage) if (folder / one).is_dir()), None)

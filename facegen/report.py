@@ -142,6 +142,14 @@ class PromptJudge(Protocol):
         ...
 
 
+class ShapeJudge(Protocol):
+    """Tells how far apart the expressions and the poses of two portraits are."""
+
+    def apart(self, image: Any, other: Any) -> Mapping[str, float]:
+        """What → how far."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Judges:
     """Who judges; what is None is not judged, for the reason in `reasons`."""
@@ -149,6 +157,7 @@ class Judges:
     detector: Any = None  # facegen.face.FaceAnalyzer
     likeness: LikenessJudge | None = None
     prompt: PromptJudge | None = None
+    shape: ShapeJudge | None = None
     reasons: Mapping[str, str] = field(default_factory=dict)
 
     def report(
@@ -306,6 +315,22 @@ class MiniPrompt:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MiniShape:
+    """mini's judge of attributes, asked for coefficients of the expression (0 to 1) and turns of the head."""
+
+    nets: Any
+
+    def apart(self, image: Any, other: Any) -> Mapping[str, float]:
+        from facegen.evaluation.shape import difference, shapes
+
+        units, turns = shapes(self.nets, (image, other))
+        return {
+            "expression error": difference(units[0], units[1]),
+            "pose error, degrees": difference(turns[0], turns[1]),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
 class PackLikeness:
     """A second face pack as judge; its recogniser is another one than the conditioning pack's."""
 
@@ -338,9 +363,10 @@ def judges_for(packs: Sequence[str], analyzer: Callable[[str], Any], assets: Pat
     reasons: dict[str, str] = {}
     likeness: LikenessJudge | None = None
     prompt: PromptJudge | None = None
+    shape: ShapeJudge | None = None
     if assets is not None:
         try:
-            likeness, prompt = _mini_judges(assets)
+            likeness, prompt, shape = _mini_judges(assets)
         except WeightsMissing:
             reasons = dict.fromkeys(("likeness", "prompt"), f"{assets / 'judges'} lacks the judges")
     else:
@@ -357,10 +383,10 @@ def judges_for(packs: Sequence[str], analyzer: Callable[[str], Any], assets: Pat
         detector = analyzer(packs[0])
     except WeightsMissing as error:  # words alone made the picture, without any pack
         detector, reasons["faces"] = None, str(error)
-    return Judges(detector=detector, likeness=likeness, prompt=prompt, reasons=reasons)
+    return Judges(detector=detector, likeness=likeness, prompt=prompt, shape=shape, reasons=reasons)
 
 
-def _mini_judges(assets: Path) -> tuple[LikenessJudge, PromptJudge]:
+def _mini_judges(assets: Path) -> tuple[LikenessJudge, PromptJudge, ShapeJudge]:
     import json
 
     from facegen.evaluation.judges import load_judges
@@ -375,4 +401,4 @@ def _mini_judges(assets: Path) -> tuple[LikenessJudge, PromptJudge]:
         floor=judge.get("other_cosine"),
         threshold=nets.same_person,
     )
-    return likeness, MiniPrompt(nets=nets)
+    return likeness, MiniPrompt(nets=nets), MiniShape(nets=nets)

@@ -8,20 +8,26 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from facegen.errors import WeightsMissing, WrongRequest
 from facegen.pipeline import Painted, PersonRequest, Pipeline, Watch
-from facegen.request import Photo, Request, choice, number, photo, photos
+from facegen.request import Photo, Request, choice, mask, number, photo, photos
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from PIL import Image
     from torch import Tensor
 
     from facegen.conditions import Condition
     from facegen.face.paste import Box, Crop
     from facegen.face.types import Face
+    from facegen.models.swap import Swap
     from facegen.pipeline import Person
 
-BOTH, ADAPTERS, GUIDANCE = "both", "adapters", "guidance"
-OCCLUDERS = ("glasses", "hair", "hat")  # they stay in front of the new face
+TRAINED, BOTH, ADAPTERS, GUIDANCE = "trained", "both", "adapters", "guidance"
+# They stay in front of the new face. No net here knows hands or cups, nor does the drawn world show any: where one
+# stands before a face, the request's `front` says so.
+OCCLUDERS = ("glasses", "hair", "hat")
 _SURELY = 0.3  # chance from which on a pixel shows one of them: a frame left standing is better than one cut through
+_CHANGE = {TRAINED: 1.0}  # the photo is seen by the net: there is no need to begin with it
 _MOST = 0.4  # share of a face that must be free of them for the net to be believed
 
 
@@ -31,6 +37,10 @@ class _Onto(Request):
 
     source: Photo = photo("The photo of the person whose face it will be.", positional=True)
     target: Photo = photo("The photo into which the face goes.", positional=True)
+    front: Photo = mask(
+        "White over what stands before the face and stays, such as a hand; glasses, hair and hats are found.",
+        of="target",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,13 +50,15 @@ class SwapRequest(PersonRequest, _Onto):
     task: ClassVar[str] = "Put the face of one person into a photo of another; all around the face stays as it is."
 
     faces: tuple[Photo, ...] = photos("More photos of the same source person.")
-    method: str = choice(
-        BOTH, "How the person is brought in: by adapters, by guidance without any training, or by both.",
-        (BOTH, ADAPTERS, GUIDANCE),
+    method: str | None = choice(
+        None, "How the person is brought in: by a net that learnt to swap, by adapters, by guidance without any"
+        " training, or by these two; by default trained where the model has such a net, else both.",
+        (TRAINED, BOTH, ADAPTERS, GUIDANCE), optional=True,
     )  # fmt: skip
-    change: float = number(
-        0.7, "How much of the target's face goes: less keeps more of its expression, 0 changes nothing.",
-        low=0, high=1, slider=(0, 1, 0.05),
+    change: float | None = number(
+        None, "How much of the target's face goes: less keeps more of its expression, 0 changes nothing; by default 1"
+        " where the swap is trained, else 0.7.",
+        low=0, high=1, slider=(0, 1, 0.05), optional=True,
     )  # fmt: skip
     likeness: float = number(
         0.1, "Guidance: how far each step goes towards the source's likeness.",
@@ -82,14 +94,52 @@ class SwapPipeline(Pipeline[SwapRequest]):
             raise WrongRequest("Give the photo into which the face goes, as target.")
         if not self._photos(request):
             raise WrongRequest("Give a photo of the person whose face it will be, as source.")
-        return super().resolve(request)
+        method = request.method or (TRAINED if self._can_swap(request) else BOTH)
+        if method == TRAINED and not self._net.is_dir():
+            raise WeightsMissing(
+                f"The loaded model has no net that learnt to swap ({self._net}); choose the method {ADAPTERS},"
+                f" {GUIDANCE} or {BOTH}, or take mini."
+            )
+        change = request.change if request.change is not None else _CHANGE.get(method, 0.7)
+        return super().resolve(replace(request, method=method, change=change))
+
+    @property
+    def _net(self) -> Path:
+        from facegen.models.base import locate
+        from facegen.models.swap import KIND
+
+        return locate(self.loaded.loading.model).parent / "controls" / KIND
+
+    def _can_swap(self, request: SwapRequest) -> bool:
+        """Whether the model has learnt to swap, and the adapter that belongs to it is not left out."""
+        from facegen.models.swap import BESIDE
+
+        if not self._net.is_dir():
+            return False
+        if request.adapters or self.loaded.adapters:
+            return not {BESIDE, *self._beside()}.isdisjoint(request.adapters or self._beside())
+        return self.loaded.assets is not None
+
+    def _beside(self) -> tuple[str, ...]:
+        """Under which names the adapter is loaded whose tokens the trained net understands."""
+        from facegen.models.swap import BESIDE
+
+        return tuple(name for name, worn in self.loaded.adapters.items() if worn.adapter.name == BESIDE)
 
     def _resolved_adapters(self, request: SwapRequest) -> tuple[str, ...]:
+        from facegen.models.swap import BESIDE
+
         if request.method == GUIDANCE:
             return ()
         if request.method == BOTH and not (request.adapters or self.loaded.adapters or self.loaded.assets):
             return ()
-        return super()._resolved_adapters(replace(request, faces=self._photos(request)))
+        asked = request.adapters
+        if request.method == TRAINED:
+            asked = asked or self._beside()[:1] or (BESIDE,)
+        found = super()._resolved_adapters(replace(request, faces=self._photos(request), adapters=asked))
+        if request.method == TRAINED and not set(found) & set(self._beside()):
+            raise WrongRequest(f"The trained swap learnt beside {BESIDE} alone; name it among the adapters, or none.")
+        return found
 
     @staticmethod
     def _photos(request: SwapRequest) -> tuple[Photo, ...]:
@@ -98,13 +148,17 @@ class SwapPipeline(Pipeline[SwapRequest]):
     def _plan(self, request: SwapRequest) -> _Plan:
         from facegen.face import paste
         from facegen.face.parse import AROUND
+        from facegen.images import load_mask
 
         canvas = self.photo(request.target)
         face = self.one_face(canvas, request.select, "the target photo")
         crop = paste.cut(
             canvas, paste.square(face.box.tolist(), canvas.size, around=AROUND), max(self.model.default_size)
         )
-        return _Plan(canvas, face, self._face_mask(canvas, face), crop)
+        free = self._face_mask(canvas, face)
+        if request.front is not None:
+            free = free * (1 - load_mask(request.front, canvas.size, what="mask of what stays in front"))
+        return _Plan(canvas, face, free, crop)
 
     def _face_mask(self, canvas: Image.Image, face: Face) -> Tensor:
         """The face without what stands before it, (1, H, W); where no net can tell, an ellipse."""
@@ -156,13 +210,18 @@ class SwapPipeline(Pipeline[SwapRequest]):
 
         from facegen.face.embed import ArcFace
         from facegen.images import to_tensor
+        from facegen.models.swap import KIND
         from facegen.steering import likeness_guidance, parsing_guidance
 
         points = plan.crop.points(plan.face.points)
         conditions: list[Condition] = []
+        if request.method == TRAINED:
+            seen = self.model.encode_image(to_tensor(plan.crop.image)[None])
+            own = self.identity(person, request, (plan.crop.size, plan.crop.size), self._beside(), points=points)
+            conditions.append(cast("Swap", self.control(KIND)).beside(own, seen))
         if request.adapters:
             conditions += self.identity(person, request, (plan.crop.size, plan.crop.size), points=points)
-        if request.method == ADAPTERS:
+        if request.method in (TRAINED, ADAPTERS):
             return conditions
         if request.likeness:
             pack, fused = next(iter(person.fused.items()))
@@ -181,11 +240,15 @@ class SwapPipeline(Pipeline[SwapRequest]):
         return conditions
 
     def _measured(self, request: SwapRequest, plan: _Plan, made: Image.Image) -> Mapping[str, float]:
-        """What changed and what did not: pixels, points, and how like the target's own face the new one still is."""
+        """What changed and what did not: pixels, points, how like the target's own face the new one still is, and how
+        far the expression and the pose are from the target's, where a judge can read them.
+        """
         import numpy as np
 
         from facegen.face import paste
+        from facegen.images import to_pil, to_tensor
 
+        judges = self.judges(request.adapters)
         told: dict[str, float] = dict(paste.measured(plan.canvas, made, plan.mask))
         middle = (plan.face.box[:2] + plan.face.box[2:]) / 2
         found = self.faces_in(made)
@@ -195,6 +258,9 @@ class SwapPipeline(Pipeline[SwapRequest]):
         eyes = float(np.linalg.norm(plan.face.points[0] - plan.face.points[1]))
         moved = np.linalg.norm(now.points - plan.face.points, axis=1).mean()
         told["points moved, in eye distances"] = round(float(moved) / max(eyes, 1e-6), 4)
-        if (judge := self.judges(request.adapters).likeness) is not None:
-            told["likeness to the target"] = round(judge.cosine(now, (plan.face,)), 4)
+        if judges.likeness is not None:
+            told["likeness to the target"] = round(judges.likeness.cosine(now, (plan.face,)), 4)
+        if judges.shape is not None:
+            crops = [to_pil(plan.crop.take(to_tensor(one))) for one in (made, plan.canvas)]
+            told |= {name: round(value, 4) for name, value in judges.shape.apart(*crops).items()}
         return told

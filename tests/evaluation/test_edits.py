@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from facegen.cli import MEASURES
-from facegen.errors import NoFaceFound
+from facegen.errors import NoFaceFound, WeightsMissing
 from facegen.evaluation.edits import PROTOCOLS, SLIDERS, Plan, Table, run
 from facegen.evaluation.judges import load_judges
 from facegen.report import Likeness, Matched, Obedience, Report
@@ -59,7 +59,7 @@ def test_a_perfect_painter_gets_a_perfect_table(mini: Path, name: str) -> None:
         assert rows["the photo (ceiling)"]["likeness"] < 1
     elif name == "swap":
         assert rows["both"]["to source"] > 0.8
-        assert rows["both"]["found among 3"] == 1
+        assert rows["both"]["found among 3"] == rows["trained"]["found among 3"] == 1
         assert rows["both"]["expression error"] > 0
         assert rows["the target itself"]["expression error"] == rows["the target itself"]["pose error, degrees"] == 0
     elif name == "people":
@@ -90,6 +90,21 @@ def test_a_perfect_painter_gets_a_perfect_table(mini: Path, name: str) -> None:
         assert rows["drawn (ceiling)"]["error"] < rows["no control"]["error"] + 0.2
         assert rows["adapter"]["likeness"] > 0.8
         assert all(bool(fields["expression"]) == (place >= 3) for place, (_, fields) in enumerate(painter.asked))
+
+
+def test_a_model_that_never_learnt_to_swap_has_no_such_row(mini: Path) -> None:
+    painter = Painter()
+
+    def call(task: str, **fields: Any) -> Any:
+        if fields.get("method") == "trained":
+            raise WeightsMissing("There is no such net.")
+        return painter(task, **fields)
+
+    seen: list[tuple[int, int]] = []
+    table = run("swap", call, PLAN, lambda done, total: seen.append((done, total)))
+    assert set(table.rows) == {"the target itself", "adapters", "guidance", "both"}
+    assert table.notes == ("There is no such net.",)
+    assert seen[-1] == (12, 12)
 
 
 def test_a_table_is_aligned_and_plain() -> None:

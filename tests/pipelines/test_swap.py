@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,12 @@ from PIL import Image
 from facegen import metadata, patch
 from facegen.cli import main
 from facegen.denoise import Guidance
-from facegen.errors import FacegenError, NoFaceFound, SeveralFaces, WrongRequest
+from facegen.errors import FacegenError, NoFaceFound, SeveralFaces, WeightsMissing, WrongRequest
 from facegen.face.align import ARCFACE_POINTS
 from facegen.face.embed import ArcFace
 from facegen.face.parse import FaceParser
 from facegen.models.base import Model
+from facegen.models.swap import KIND, Swap
 from facegen.pipeline import Loaded, rebuild
 from facegen.pipelines.swap import SwapPipeline
 from facegen.steering import likeness_guidance, parsing_guidance, unit_gradient
@@ -48,6 +51,7 @@ def test_only_the_face_changes(swap: SwapPipeline, tiny: Path, drawn: Drawn) -> 
     # A report rounds to four digits.
     assert free.reports[0].measures["share painted"] >= differ.mean() - 5e-5
     assert "points moved, in eye distances" in free.reports[0].measures
+    assert (free.request.method, free.request.change) == ("both", 0.7)
     assert changed(free.images[0], other.images[0]).any(), "guidance alone tells one source from another"
     swap.load_adapter(tiny / "adapters" / "instantid")
     worn = swap(source=drawn(1), target=target, method="adapters", **QUICK)
@@ -55,6 +59,51 @@ def test_only_the_face_changes(swap: SwapPipeline, tiny: Path, drawn: Drawn) -> 
     assert worn.request.adapters == both.request.adapters == ("instantid",)
     assert worn.reports[0].measures["pixels changed outside"] == 0
     assert changed(worn.images[0], both.images[0]).any()
+
+
+@pytest.fixture
+def taught(swap: SwapPipeline, tiny: Path, tmp_path: Path) -> SwapPipeline:
+    """A pipeline whose model has a net that swaps, untrained but not silent."""
+    net = Swap.fresh(KIND, swap.model)
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for layer in (*net.net.controlnet_down_blocks, net.net.controlnet_mid_block):
+            layer.weight.normal_(std=0.3)
+    net.save(tmp_path / "controls")
+    shutil.copytree(tiny / "base", tmp_path / "base")
+    loading = replace(swap.loaded.loading, model=str(tmp_path / "base"))
+    return SwapPipeline(replace(swap.loaded, loading=loading))
+
+
+def test_a_net_that_learnt_to_swap_is_the_first_choice(taught: SwapPipeline, tiny: Path, drawn: Drawn) -> None:
+    taught.load_adapter(tiny / "adapters" / "instantid")
+    other = taught(source=drawn(1), target=drawn(2), **QUICK)
+    assert (other.request.method, other.request.change) == ("both", 0.7), "its adapter is not loaded"
+    taught.load_adapter(tiny / "adapters" / "ip_adapter_faceid", "face")
+    out = taught(source=drawn(1), target=drawn(2), **QUICK)
+    assert (out.request.method, out.request.adapters, out.request.change) == ("trained", ("face",), 1.0)
+    assert out.reports[0].measures["pixels changed outside"] == 0
+    assert changed(drawn(2), out.images[0]).any()
+    plain = taught(source=drawn(1), target=drawn(2), method="adapters", adapters=("face",), change=1.0, **QUICK)
+    assert changed(plain.images[0], out.images[0]).any(), "the net sees the photo"
+    someone = taught(source=drawn(3), target=drawn(2), **QUICK)
+    assert changed(someone.images[0], out.images[0]).any(), "and who is to be in it"
+    with pytest.raises(WrongRequest, match="learnt beside ip_adapter_faceid"):
+        taught(source=drawn(1), target=drawn(2), method="trained", adapters=("instantid",), **QUICK)
+
+
+def test_what_is_said_to_stand_in_front_stays(swap: SwapPipeline, drawn: Drawn) -> None:
+    target = drawn(2)
+    free = changed(target, swap(source=drawn(1), target=target, **QUICK).images[0])
+    middle = int(np.median(free.nonzero()[1]))
+    hand = Image.new("L", target.size)
+    hand.paste(255, (0, 0, middle, target.height))
+    out = swap(source=drawn(1), target=target, front=hand, **QUICK)
+    now = changed(target, out.images[0])
+    assert free[:, :middle].any()
+    assert not now[:, :middle].any()
+    assert now[:, middle:].any()
+    assert out.reports[0].measures["pixels changed outside"] == 0
 
 
 def test_no_change_is_the_target_bit_for_bit(swap: SwapPipeline, drawn: Drawn) -> None:
@@ -95,13 +144,16 @@ def test_the_call_is_read_back(tiny: Path, tiny_pack: Path, me: Path, tmp_path: 
         ({"target": 1}, WrongRequest, "as source"),
         ({"source": 1, "target": 0}, NoFaceFound, "the target photo"),
         ({"source": 0, "target": 1}, NoFaceFound, "No face was found"),
+        ({"source": 1, "target": 1, "method": "trained"}, WeightsMissing, "has no net that learnt to swap"),
     ],
 )
 def test_wrong_input_is_one_sentence(
     swap: SwapPipeline, drawn: Drawn, fields: dict[str, Any], kind: type[FacegenError], says: str
 ) -> None:
     blank = Image.new("RGB", (160, 160), (90, 90, 90))
-    given = {name: drawn(seed) if seed else blank for name, seed in fields.items()}
+    given = {
+        name: value if isinstance(value, str) else drawn(value) if value else blank for name, value in fields.items()
+    }
     with pytest.raises(kind, match=says) as caught:
         swap(**{**QUICK, **given})
     assert str(caught.value).endswith(".")
