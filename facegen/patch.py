@@ -68,9 +68,11 @@ def repaint(
     run: Run,
     generators: Sequence[torch.Generator],
     on_step: OnStep | None = None,
+    begin: Tensor | None = None,
 ) -> Tensor:
     """A picture (3, H, W) in [0, 1] with what lies in the hole (1, H, W) painted anew → (B, 3, H, W), one a generator.
 
+    begin: latents (1, C, h, w) from which a change below 1 begins, in place of the picture's own.
     Around the hole it is the picture as the autoencoder renders it: paste the hole alone back.
     """
     if run.change <= 0.0 or not bool(hole.any()):
@@ -84,7 +86,9 @@ def repaint(
     drawn = noise(model.latent_shape(height, width), generators, device=model.device, dtype=model.dtype)
     start = instead(drawn, run.noise)
     kept = hole_conditions(model, picture, hole, start)
-    photo = None if run.change >= 1.0 else model.encode_image(picture[None]).expand(len(start), -1, -1, -1)
+    photo = None
+    if run.change < 1.0:
+        photo = (model.encode_image(picture[None]) if begin is None else begin).expand(len(start), -1, -1, -1)
     latents = denoise(
         model,
         schedulers.start(scheduler, start, photo),

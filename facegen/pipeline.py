@@ -279,7 +279,7 @@ class Loaded:
     seen: dict[tuple[str, str], tuple[Face, ...]] = field(default_factory=dict)  # by pack and photo's checksum
     parser: FaceParser | None = None
     finder: LandmarkFinder | None = None
-    controls: dict[str, Any] = field(default_factory=dict)  # expression and geometry, by name
+    controls: dict[str, Any] = field(default_factory=dict)  # expression, geometry, aligner, by name
 
     @property
     def assets(self) -> Path | None:
@@ -627,9 +627,9 @@ class Pipeline(ABC, Generic[R]):
         return known[name] if name in known else self.load_adapter(name)
 
     def control(self, name: str) -> Any:
-        """The expression adapter, or the geometry of a kind, that belongs to the model; loaded once.
+        """The expression adapter, the geometry of a kind, or what restores, that belongs to the model; loaded once.
 
-        They lie beside the base: adapters/expression, controls/landmarks … or, for every kind without
+        They lie beside the base: adapters/expression, controls/restore, controls/landmarks … or, for every kind without
         a net of its own, controls/geometry. Raises WeightsMissing.
         """
         from facegen.adapters.expression import Expression
@@ -637,10 +637,11 @@ class Pipeline(ABC, Generic[R]):
         from facegen.models.base import locate
         from facegen.models.geometry import ALL, Geometry
         from facegen.models.swap import Swap
+        from facegen.restoration.alignment import Aligner
 
         if name in self.loaded.controls:
             return self.loaded.controls[name]
-        kind: Any = {"expression": Expression, "swap": Swap}.get(name, Geometry)
+        kind: Any = {"expression": Expression, "restore": Aligner, "swap": Swap}.get(name, Geometry)
         folder = locate(self.loaded.loading.model).parent / ("adapters" if kind is Expression else "controls")
         stage = ALL if kind is Geometry else name
         path = next((folder / one for one in (name, stage) if (folder / one).is_dir()), None)
@@ -929,9 +930,10 @@ class Pipeline(ABC, Generic[R]):
         conditions: Sequence[Condition],
         watch: Watch,
         indices: Sequence[int] | None = None,
+        begin: torch.Tensor | None = None,
     ) -> Iterator[tuple[tuple[int, ...], torch.Tensor]]:
         """The pictures of a request that change what lies in a hole (1, H, W) of a picture (3, H, W): in batches,
-        (places, pixels (B, 3, H, W)). Its field `change` says how much.
+        (places, pixels (B, 3, H, W)). Its field `change` says how much; begin: as `facegen.patch.repaint` has it.
         """
         from facegen.denoise import Guidance
         from facegen.patch import Run, repaint
@@ -950,6 +952,7 @@ class Pipeline(ABC, Generic[R]):
                 replace(run, noise=request.noise_of(batch)),
                 self.generators(request.seed, batch),
                 self.on_step(watch, done, len(batch), total),
+                begin,
             )
             done += len(batch)
             yield batch, pixels.float().cpu()

@@ -20,10 +20,12 @@ if TYPE_CHECKING:
     from facegen.face.paste import Box, Crop
     from facegen.face.types import Array, Face
     from facegen.pipeline import Person
+    from facegen.restoration.alignment import Aligner
     from facegen.restoration.restorer import Restorer
 
 DIFFUSION = "diffusion"
 EVERYBODY = "all"
+ALIGNER = "restore"  # what the model's aligner is called among its controls
 _SHARES = (1.0, 0.75, 0.5, 0.25, 0.0)  # of the restored face, tried in turn until it is still the same person
 _SAME = 0.3  # cosine, where a face pack does not say from which on two photos count as one person
 _COARSE = 2  # latents a side whose mean must stay what it was in the damaged face
@@ -59,6 +61,11 @@ class RestoreRequest(PersonRequest, _What):
     num_inference_steps: int = integer(
         30, "How many denoising steps, of which fidelity leaves out the first.",
         low=1, high=1000, slider=(4, 60, 1), alias="steps",
+    )  # fmt: skip
+    alignment: float = number(
+        1.0, "How far the damaged face's latents go to where a clean one's lie before diffusion begins, by a model that"
+        " has learnt it (mini has); 0 not at all.",
+        low=0, high=1, slider=(0, 1, 0.05), advanced=True,
     )  # fmt: skip
     guidance_scale: float = number(
         2.0, "How closely to follow the prompt; 1 or less turns guidance off.",
@@ -97,6 +104,7 @@ class _Job:
     mask: Tensor
     person: Person  # whom the adapters see: the better photos', or the damaged face's
     target: Array  # (D,) unit: whom the restored face must be like
+    better: bool  # whether better photos say who it is
     least: float  # cosine
 
 
@@ -250,6 +258,7 @@ class RestorePipeline(Pipeline[RestoreRequest]):
             mask=self._mask(request, canvas, there, crop),
             person=better or self.person_at(before, face, request.adapters),
             target=target,
+            better=better is not None,
             # A damaged face may itself be too unlike the better photos: then it must not become less like them.
             least=min(wanted, float(face.unit @ target)),
         )
@@ -319,44 +328,52 @@ class RestorePipeline(Pipeline[RestoreRequest]):
 
         from facegen.restoration.faces import blur_width, with_coarse
 
-        if request.change == 0:
+        aligner = self._aligner(request)
+        if request.change == 0 and aligner is None:
             yield from ((index, seen) for index in batch)
             return
         size = (job.crop.size, job.crop.size)
+        own = self.model.encode_image(seen[None].to(self.model.device, self.model.dtype))
+        start = own if aligner is None else self._aligned(request, job, seen, own, aligner)
+        # Twice the blur: noise and JPEG have spoilt what is only just larger, and make a face look sharper than it is.
+        finest, coarsest = (job.crop.size / share for share in _KEPT)
+        sigma = min(max(2 * blur_width(seen), finest), coarsest)
+        if request.change == 0:
+            plain = with_coarse(self.model.decode(start)[0].cpu(), seen, sigma)
+            yield from ((index, plain) for index in batch)
+            return
         steering = [
             *self.identity(
                 job.person if request.adapters else None, request, size, points=job.crop.points(job.face.points)
             ),
-            self._consistency(seen),
+            _consistency(start),
             *conditions,
         ]
-        # Twice the blur: noise and JPEG have spoilt what is only just larger, and make a face look sharper than it is.
-        finest, coarsest = (job.crop.size / share for share in _KEPT)
-        sigma = min(max(2 * blur_width(seen), finest), coarsest)
         everywhere = torch.ones(1, *size)
-        for places, made in self.repaint(request, seen, everywhere, steering, watch, batch):
+        for places, made in self.repaint(request, seen, everywhere, steering, watch, batch, begin=start):
             for index, one in zip(places, made, strict=True):
                 if index in batch:
                     yield index, with_coarse(one, seen, sigma)
 
-    def _consistency(self, seen: Tensor) -> Condition:
-        """Keeps what is coarse in the latents as the damaged face (3, S, S) has it, step by step.
+    def _aligner(self, request: RestoreRequest) -> Aligner | None:
+        """The model's own, if it has one and it is to act."""
+        from facegen.errors import WeightsMissing
 
-        The gradient of half the squared distance of two projections is the projection of the difference, so that at
-        scale 1 each prediction gets exactly the damaged face's coarse part (as ILVR, arXiv 2108.02938, in latents).
-        """
-        import torch.nn.functional as F
+        if not request.alignment or request.restorer != DIFFUSION:
+            return None
+        try:
+            return cast("Aligner", self.control(ALIGNER))
+        except WeightsMissing:
+            return None
 
-        from facegen.conditions import GuidanceCondition
+    def _aligned(self, request: RestoreRequest, job: _Job, seen: Tensor, own: Tensor, aligner: Aligner) -> Tensor:
+        """The latents (1, C, h, w) of a damaged face (3, S, S), moved as far as is asked for."""
+        import torch
 
-        model = self.model
-        wanted = F.avg_pool2d(model.encode_image(seen[None].to(model.device, model.dtype)).float(), _COARSE)
-
-        def loss(clean: Tensor, timestep: Tensor) -> Tensor:
-            difference = F.avg_pool2d(clean, _COARSE) - wanted
-            return 0.5 * _COARSE**2 * difference.square().sum((1, 2, 3))
-
-        return GuidanceCondition(loss=loss)
+        # Only the pack that the model brings speaks of people as the aligner has learnt it.
+        known = job.better and self.loaded.loading.pack is None
+        who = torch.from_numpy(job.target)[None].float() if known else None
+        return own.lerp(aligner(own, seen[None], who), request.alignment)
 
     def _take(self, picture: _Picture, job: _Job, restored: Tensor) -> None:
         """Paste as much of a restored face as still shows the same person."""
@@ -388,6 +405,25 @@ class RestorePipeline(Pipeline[RestoreRequest]):
         if request.parsing is not None:
             networks["parsing"] = metadata.file_checksum(Path(request.parsing).expanduser())
         return {**super()._loaded_json(request), "networks": networks}
+
+
+def _consistency(latents: Tensor) -> Condition:
+    """Keeps what is coarse in the latents (1, C, h, w) of a face as it is there, step by step.
+
+    The gradient of half the squared distance of two projections is the projection of the difference, so that at
+    scale 1 each prediction gets exactly that face's coarse part (as ILVR, arXiv 2108.02938, in latents).
+    """
+    import torch.nn.functional as F
+
+    from facegen.conditions import GuidanceCondition
+
+    wanted = F.avg_pool2d(latents.float(), _COARSE)
+
+    def loss(clean: Tensor, timestep: Tensor) -> Tensor:
+        difference = F.avg_pool2d(clean, _COARSE) - wanted
+        return 0.5 * _COARSE**2 * difference.square().sum((1, 2, 3))
+
+    return GuidanceCondition(loss=loss)
 
 
 def _part(watch: Watch, done: int, total: int) -> Watch:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -58,6 +58,19 @@ LEVELS: Mapping[str, Damage] = {
     "medium": Damage(sigma=(2.0, 4.0), factor=(3.0, 5.0), level=(3.0, 8.0), quality=(50.0, 75.0)),
     "heavy": Damage(sigma=(4.0, 8.0), factor=(6.0, 8.0), level=(6.0, 15.0), quality=(25.0, 50.0)),
 }
+
+
+def between(degree: float) -> Damage:
+    """The damage of a degree between light (0), medium (0.5) and heavy (1): its ranges lie between theirs."""
+    if not 0.0 <= degree <= 1.0:
+        raise ValueError(f"A degree of damage must lie in [0, 1], not be {degree}.")
+    light, medium, heavy = (LEVELS[name] for name in ("light", "medium", "heavy"))
+    one, other, share = (light, medium, 2 * degree) if degree < 0.5 else (medium, heavy, 2 * degree - 1)
+    mixed = {
+        name: tuple(a + share * (b - a) for a, b in zip(getattr(one, name), getattr(other, name), strict=True))
+        for name in ("sigma", "factor", "level", "quality")
+    }
+    return replace(light, **mixed)
 
 
 def degrade(photo: Image.Image, damage: Damage, generator: torch.Generator) -> Image.Image:

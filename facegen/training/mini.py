@@ -307,6 +307,13 @@ def teach_control(name: str) -> Callable[[Workshop], None]:
     return stage
 
 
+def restore(shop: Workshop) -> None:
+    """What moves the latents of damaged faces to those of clean ones, only on demand."""
+    from facegen.training.controls import train_restore
+
+    train_restore(shop)
+
+
 def distil(shop: Workshop) -> None:
     """Four steps instead of many, as a LoRA beside the finished base model, only on demand."""
     from facegen.training.distil import train_distil
@@ -335,6 +342,7 @@ EXTRA: Mapping[str, Callable[[Workshop], None]] = {
     "write": write_model,
     "distil": distil,
     "swap": swap,
+    "restore": restore,
     "points68": train_perception("points68"),
     "shapes": shapes,
     **{name: teach_control(name) for name in CONTROLS},
@@ -354,9 +362,9 @@ def train(
 
     ``budget`` is the share of the full recipe's steps and pictures; it must stay the same when a run goes on. The
     stage "write", only on demand, writes the diffusion model of the last checkpoint without waiting for the end; the
-    stages of the controls ("shapes", their teacher, then "expression", "geometry" or one of its kinds) and
-    "distil" (a LoRA that paints in four steps) learn beside the finished model in ``output``, "points68" the net that
-    finds 68 points in a photo.
+    stages of the controls ("shapes", their teacher, then "expression", "geometry" or one of its kinds), "distil" (a
+    LoRA that paints in four steps) and "restore" (the aligner of damaged faces) learn beside the finished model in
+    ``output``, "points68" the net that finds 68 points in a photo.
     Raises :class:`WrongRequest` for an unknown stage, :class:`WeightsMissing` where an earlier one is missing, and
     :class:`facegen.errors.Cancelled` on Ctrl-C; the same call goes on. ``start`` is a finished model (such as the
     embedded one) with which the diffusion begins instead of from nothing; its autoencoder is kept.

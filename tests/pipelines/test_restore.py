@@ -67,6 +67,40 @@ def test_full_fidelity_is_the_photo_to_the_bit(restore: RestorePipeline, drawn: 
     assert not changed(photo, restore(image=photo, fidelity=1.0, **QUICK).images[0]).any()
 
 
+def test_aligned_latents_are_where_it_begins(
+    restore: RestorePipeline, tiny: Path, tiny_pack: Path, drawn: Drawn
+) -> None:
+    """The model's aligner acts before diffusion, by degrees, and is steered by better photos."""
+    from facegen.restoration.alignment import Aligner
+
+    photo = drawn(1)
+    plain = restore(image=photo, **QUICK).images[0]
+    aligner = Aligner.fresh(restore.model, 16, width=16, deep=16)
+    restore.loaded.controls["restore"] = aligner
+    roundtrip = restore(image=photo, fidelity=1.0, **QUICK).images[0]
+    assert changed(photo, roundtrip).any()  # no diffusion, but once through the autoencoder
+    assert np.array_equal(pixels(plain), pixels(restore(image=photo, **QUICK).images[0]))  # nothing learnt yet
+    with torch.no_grad():
+        for weight in aligner.net.parameters():
+            weight += 0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(weight.numel()))
+    for fidelity, before in ((1.0, roundtrip), (0.8, plain)):
+        asked: dict[str, Any] = {"image": photo, "fidelity": fidelity, **QUICK}
+        aligned = restore(**asked).images[0]
+        assert changed(before, aligned).any()
+        assert changed(aligned, restore(alignment=0.5, **asked).images[0]).any()
+        assert not changed(aligned, photo)[:20].any()
+    seen: list[torch.Tensor | None] = []
+    restore.loaded.controls["restore"] = lambda latents, picture, who: seen.append(who) or latents
+    restore.load_adapter(tiny / "adapters" / "ip_adapter_faceid")
+    restore.loaded.loading = replace(restore.loaded.loading, pack=None)  # as if the model had brought its own pack
+    restore.reading_pack = lambda: str(tiny_pack)  # type: ignore[method-assign]
+    for faces in ([], [drawn(2)]):
+        restore(image=photo, faces=faces, **QUICK)
+    assert seen[0] is None
+    assert seen[1] is not None
+    assert not changed(photo, restore(image=photo, alignment=0.0, fidelity=1.0, **QUICK).images[0]).any()
+
+
 def test_what_is_coarse_stays(restore: RestorePipeline, drawn: Drawn) -> None:
     """Even with random weights the restored face keeps light and colour of the damaged one."""
     photo = drawn(1)

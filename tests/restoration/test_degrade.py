@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from facegen import examples
-from facegen.restoration.degrade import LEVELS, NONE, Damage, degrade
+from facegen.restoration.degrade import LEVELS, NONE, Damage, between, degrade
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -64,3 +64,10 @@ def test_what_cannot_be_is_refused() -> None:
         Damage(blur=1.5)
     with pytest.raises(ValueError, match="range of quality"):
         Damage(quality=(80.0, 20.0))
+
+
+def test_degrees_lie_between_the_levels() -> None:
+    assert [between(degree) for degree in (0.0, 0.5, 1.0)] == [LEVELS[name] for name in ("light", "medium", "heavy")]
+    assert between(0.25).factor == (2.25, 3.75)
+    with pytest.raises(ValueError, match="degree of damage"):
+        between(1.1)
