@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import quote
 
 FILE = Path(__file__).parent / "assets" / "weights.toml"
-KINDS = ("base", "adapter", "lora", "encoder", "pack", "restorer")
+KINDS = ("base", "adapter", "lora", "encoder", "pack", "restorer", "decoder")
 HUB = "https://huggingface.co"
 
 

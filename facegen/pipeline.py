@@ -91,6 +91,11 @@ class Loading(Request):
         ("auto", "none", "model", "sequential"), alias="offload", advanced=True,
     )  # fmt: skip
     tiling: bool = switch(False, "Decode large pictures in tiles.", advanced=True)
+    tiny_vae: str | None = text(
+        cast(str, None),
+        "A tiny decoder in the VAE's place, faster and a little different: taesd, taesdxl, a folder or a file.",
+        optional=True, advanced=True,
+    )  # fmt: skip
     weights: str = choice(
         "whole",
         "How UNet, ControlNets and text encoders keep theirs: whole, or in eight bits (int8, fp8): less memory, slower,"
@@ -369,9 +374,10 @@ class Pipeline(ABC, Generic[R]):
         from facegen.models.base import Model, locate
         from facegen.models.compiled import compile_networks
         from facegen.models.packed import pack
+        from facegen.models.tiny import load_tiny
 
         if loading.commercial_only:
-            for name in filter(None, (loading.model, loading.pack)):
+            for name in filter(None, (loading.model, loading.pack, loading.tiny_vae)):
                 hub.check_commercial(name)
         model = Model.from_pretrained(
             loading.model,
@@ -382,8 +388,10 @@ class Pipeline(ABC, Generic[R]):
             weights=cast(Any, loading.weights),
         )
         model.economy = preset(loading.speed)
+        if loading.tiny_vae is not None:
+            model.tiny = load_tiny(loading.tiny_vae, model)
         if loading.packs:
-            pack(model.unet, model.vae, *model.text_encoders().values())
+            pack(model.unet, model.tiny or model.vae, *model.text_encoders().values())
         if loading.compiled:
             compile_networks(model.unet)
         return cls(Loaded(model, loading, _weights_checksum(locate(loading.model)), _licence(loading.model)))

@@ -68,6 +68,7 @@ class Model(ABC):
         self.memory = Memory.under(memory or MemoryPlan(unet.device, unet.dtype))
         self.backend = backend
         self.economy = EXACT
+        self.tiny: nn.Module | None = None  # decodes in the VAE's place, where that was asked for
         self.source: Path | None = None
         self.busy = threading.RLock()
         self.attention_layers = install(unet)
@@ -270,9 +271,12 @@ class Model(ABC):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, 4, h, w) → pictures (B, 3, H, W) in [0, 1], float32."""
-        with self.memory.using(self.vae):
-            scaled = latents.to(self.device, self._vae_dtype()) / self.vae.config["scaling_factor"]
-            pixels = self.vae.decode(scaled, return_dict=False)[0]
+        with self.memory.using(self.tiny or self.vae):
+            if self.tiny is not None:
+                pixels = self.tiny(latents.to(self.device, self.dtype))
+            else:
+                scaled = latents.to(self.device, self._vae_dtype()) / self.vae.config["scaling_factor"]
+                pixels = self.vae.decode(scaled, return_dict=False)[0]
         return (pixels.float() / 2 + 0.5).clamp(0, 1)
 
     def _vae_dtype(self) -> torch.dtype:
