@@ -15,8 +15,8 @@ from typing import Any
 
 from facegen.errors import CheckpointBroken
 
-OWN = "lcm"
-"""The LoRA that a model may bring, as loras/lcm.safetensors beside its adapters; the fastest way wears it."""
+OWN = "few"
+"""The LoRA that a model may bring, as loras/few.safetensors beside its adapters; the fastest way wears it."""
 
 
 ALONE = "few_steps.json"
@@ -58,6 +58,8 @@ def told_by(name: str | Path) -> FewSteps | None:
         return FewSteps("tcd", steps or 4)
     if "lcm" in parts:
         return FewSteps("lcm", steps or 4)
+    if word == OWN:  # facegen.training.distil's
+        return FewSteps("ddim trailing", steps or 4)
     return None
 
 

@@ -24,6 +24,9 @@ from facegen.schedulers import NAMES, build, walk
         ("Hyper-SD15-4steps-lora.safetensors", FewSteps("ddim trailing", 4)),
         ("Hyper-SDXL-1step-lora.safetensors", FewSteps("tcd", 1)),
         ("Hyper-SDXL-8steps-CFG-lora.safetensors", FewSteps("ddim trailing", 8, 5.0)),
+        ("few", FewSteps("ddim trailing", 4)),
+        ("loras/few.safetensors", FewSteps("ddim trailing", 4)),
+        ("fewer_freckles.safetensors", None),
         ("hyperrealism.safetensors", None),
         ("lightnings_over_lake.safetensors", None),
         ("style.safetensors", None),
@@ -72,9 +75,9 @@ def test_the_fastest_way_wears_the_model_s_own(tiny_sd15: Path, tmp_path: Path) 
     assert pipe.resolve(pipe.request(None, {})).num_inference_steps == 30
     lora = LowRankSet(pipe.model.unet, 2, torch.Generator().manual_seed(0))
     (tmp_path / "loras").mkdir()
-    save_tensors(lora.tensors(), tmp_path / "loras" / "lcm.safetensors")
+    save_tensors(lora.tensors(), tmp_path / "loras" / "few.safetensors")
     asked = pipe.resolve(pipe.request(None, {}))
-    assert (dict(asked.loras), asked.num_inference_steps, asked.scheduler) == ({"lcm": 1.0}, 4, "lcm")
+    assert (dict(asked.loras), asked.num_inference_steps, asked.scheduler) == ({"few": 1.0}, 4, "ddim trailing")
     exact = GeneratePipeline.from_pretrained(tmp_path, device="cpu", dtype="float32")
     assert exact.resolve(exact.request(None, {})).num_inference_steps == 30
 

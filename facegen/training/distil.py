@@ -1,25 +1,29 @@
-"""Distils the finished base model into a LoRA that paints in four steps without guidance.
+"""Distils guidance and few steps into a LoRA: the finished base model then paints in four steps, one half each.
 
-Latent consistency distillation (Luo et al., arXiv 2310.04378) into low-rank weights (LCM-LoRA, arXiv 2311.05556): at
-neighbouring points of the teacher's path, which is guided, the student must foresee the same end. The adapters take
-part, each in its share of the batches, so that the LoRA serves them all. The file is written as the published LCM-LoRAs
-are, and works with the scheduler "lcm".
+Guidance asks a model twice in each step, with the prompt and the face and without. The student learns to say at once
+what comes of both (Meng et al., arXiv 2210.03142), at the places where a walk of few steps comes by. Its target is
+the frozen teacher's answer at the same place, never its own, so that nothing can drift or collapse, as it can where a
+student foresees what it foresaw a little later (latent consistency, arXiv 2310.04378). The adapters take part, each in
+its share of the batches, so that the LoRA serves them all. The file is written as the published LCM-LoRAs are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from facegen.attention.backends import for_training
 from facegen.conditions import Condition, LoraCondition, LowRankWeights
 from facegen.models.norms import quicken
 from facegen.training.loop import Budget, LoopSettings, Objective, run
+from facegen.training.reader import disobedience
 from facegen.training.record import record
 
 if TYPE_CHECKING:
@@ -27,36 +31,39 @@ if TYPE_CHECKING:
     from facegen.training.mini import Workshop
 
 STEPS = 1000
-SETTINGS = LoopSettings(learning_rate=5e-4, warmup=50, weight_decay=0.0, average=0.99, bfloat16=True, seed=14)
-FILE = Path("loras") / "lcm.safetensors"
+SETTINGS = LoopSettings(learning_rate=1e-3, warmup=30, weight_decay=0.0, average=0.99, bfloat16=True, seed=14)
+FILE = Path("loras") / "few.safetensors"
+_LEVELS = 1000
 # The layers that the published LCM-LoRAs change.
 _CHANGED = (
     "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2",
     "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj",
 )  # fmt: skip
+Velocity = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class DistilSettings:
-    """guidance: the teacher's, which the student learns to do without; grid: levels of noise at which it learns.
+    """guidance: the teacher's, which the student learns to do without; walks: how many steps a walk may have.
 
-    stride: how many of these levels the teacher goes at once. Published distillations take one of fifty; what is known
-    at the end of the path then reaches its begin only after very many steps, which a short run does not have.
-    ways: share of the batches that each way of saying who it is takes; huber: where the loss turns from square to
-    linear, as published; sigma, scaling: of the boundary condition, as in diffusers' LCMScheduler.
+    batch: the places of all walks of a training step; each divides by every number of steps.
+    drawn: share of the training steps whose walks begin at a noised picture, as image-to-image does, not at noise;
+    fresh: share whose walks take new noise between their steps, as the scheduler "lcm" does.
+    ways: share of the batches that each way of saying who it is takes.
+    likeness, obedience: weights of what the reader of latents says about the clean estimate.
     """
 
     rank: int = 16
     batch: int = 24
     guidance: float = 3.0
-    grid: int = 50
-    stride: int = 5
+    walks: tuple[int, ...] = (3, 4, 4, 6)
+    drawn: float = 0.2
+    fresh: float = 0.3
     ways: Mapping[str, float] = field(
-        default_factory=lambda: {"prompt": 0.4, "ip_adapter_faceid": 0.35, "instantid": 0.25}
+        default_factory=lambda: {"prompt": 0.35, "ip_adapter_faceid": 0.3, "instantid": 0.35}
     )
-    huber: float = 1e-3
-    sigma: float = 0.5
-    scaling: float = 10.0
+    likeness: float = 0.05
+    obedience: float = 0.05
     seed: int = 14
 
 
@@ -94,8 +101,17 @@ class LowRankSet(nn.Module):
         return found
 
 
+@dataclass(frozen=True, eq=False)
+class Place:
+    """Where a walk comes by: noisy latents (B, C, h, w), their timesteps (B,), and the velocity found there."""
+
+    noisy: Tensor
+    steps: Tensor
+    found: Tensor
+
+
 class DistilObjective(Objective):
-    """The student's end of the path must be the same from two neighbouring points of it; only the LoRA learns."""
+    """The student says by itself what the guided teacher says, at the places of a short walk; only the LoRA learns."""
 
     name = "distil"
 
@@ -113,87 +129,139 @@ class DistilObjective(Objective):
 
     def loss(self, batch: Batch, step: int, generator: torch.Generator) -> Mapping[str, Tensor]:
         settings = self.settings
-        every = 1000 // settings.grid
-        place = torch.randint(settings.grid, (len(batch.latents),), generator=generator, device=generator.device)
-        later = (place + 1) * every - 1  # LCMScheduler's own grid
-        earlier = (later - every * settings.stride).clamp(min=0)
-        noise = torch.randn(batch.latents.shape, generator=generator, device=generator.device)
-        noisy = self.velocity.noisy(batch.latents, noise, later).contiguous(memory_format=torch.channels_last)
-        asked = self.teaching.conditions(batch)
+        roll = torch.rand(3, generator=generator, device=generator.device).tolist()
+        count = settings.walks[int(roll[0] * len(settings.walks))]
+        few = _rows(batch, torch.arange(len(batch.latents) // count))
+        begin = _LEVELS if roll[1] >= settings.drawn else int(_LEVELS * (0.3 + 0.7 * roll[1] / settings.drawn))
+        noise = torch.randn(few.latents.shape, generator=generator, device=generator.device)
+        first = self.velocity.noisy(few.latents, noise, torch.full((len(noise),), begin - 1))
         with torch.no_grad():
-            before = self._taught(batch, asked, noisy, later, earlier)
-            target = self.foreseen(asked, before, earlier)
-        gap = self.foreseen(asked, noisy, later) - target
-        huber = (gap.square() + settings.huber**2).sqrt() - settings.huber
-        return {"loss": huber.mean(), "gap": gap.detach().square().mean()}
+            anew = generator if roll[2] < settings.fresh else None
+            places, _ = self.walk(self.taught(few), first, begin, count, anew)
+        rows = torch.arange(len(noise)).repeat(count)
+        noisy, steps, target = (
+            torch.cat([getattr(place, name) for place in places]) for name in ("noisy", "steps", "found")
+        )
+        noisy = noisy.contiguous(memory_format=torch.channels_last)
+        all_rows = _rows(few, rows)
+        found = self.student(self.teaching.conditions(all_rows))(noisy, steps)
+        gap = (all_rows.weights * (found - target).square().mean(1)).mean()
+        losses = {"loss": gap, "gap": gap.detach(), f"gap_{batch.way}": gap.detach()}
+        if self.teaching.reader is not None:
+            unlike, amiss = self._read(all_rows, *self.velocity.clean(found, noisy, steps))
+            losses["loss"] = gap + settings.likeness * unlike + settings.obedience * amiss
+            losses |= {"unlike": unlike.detach(), "amiss": amiss.detach()}
+        return losses
 
-    def foreseen(self, asked: Sequence[Condition], noisy: Tensor, steps: Tensor) -> Tensor:
-        """The student's clean latents (B, C, h, w) from noisy ones at timesteps (B,)."""
+    def walk(
+        self, velocity: Velocity, noisy: Tensor, begin: int, count: int, anew: torch.Generator | None = None
+    ) -> tuple[list[Place], Tensor]:
+        """The places of `count` even steps from level `begin` (in 1 to 1000) on, and the clean latents at the end.
+
+        anew: draws new noise between the steps; None keeps what is left of the noise (DDIM).
+        """
+        places = []
+        clean = noisy
+        levels = [begin * (count - place) // count - 1 for place in range(count + 1)]
+        for level, after in pairwise(levels):
+            steps = torch.full((len(noisy),), level)
+            found = velocity(noisy, steps)
+            places.append(Place(noisy, steps, found))
+            clean = self.velocity.clean(found, noisy, steps)[0]
+            if after < 0:
+                break
+            signal, rest = self.velocity.levels(steps, noisy)
+            noise = rest * noisy + signal * found
+            if anew is not None:
+                noise = torch.randn(noise.shape, generator=anew, device=noise.device)
+            noisy = self.velocity.noisy(clean, noise, torch.full((len(noisy),), after))
+            noisy = noisy.contiguous(memory_format=torch.channels_last)
+        return places, clean
+
+    def student(self, asked: Sequence[Condition]) -> Velocity:
+        """What the model with the LoRA says, without guidance."""
         lora = LoraCondition(layers=self.module.layers())  # type: ignore[operator]
-        clean = self.velocity.clean(self._predicted([*asked, lora], noisy, steps), noisy, steps)[0]
-        # At no noise at all the end is where it stands; one step earlier this is nearly the clean estimate alone.
-        scaled = (steps * self.settings.scaling).to(noisy).view(-1, 1, 1, 1)
-        total = scaled.square() + self.settings.sigma**2
-        return self.settings.sigma**2 / total * noisy + scaled / total.sqrt() * clean
+        return self.plain([*asked, lora])
 
-    def _taught(
-        self, batch: Batch, asked: Sequence[Condition], noisy: Tensor, later: Tensor, earlier: Tensor
-    ) -> Tensor:
-        """The latents one step earlier on the guided teacher's path (DDIM)."""
+    def plain(self, asked: Sequence[Condition]) -> Velocity:
+        """What the model says by itself, without guidance."""
+        return lambda noisy, steps: self._predicted(asked, noisy, steps)
+
+    def taught(self, batch: Batch) -> Velocity:
+        """What the model says by itself with guidance."""
         blank = replace(batch, prompts=[""] * len(batch.prompts), embeddings=torch.zeros_like(batch.embeddings))
-        cond = self._predicted(asked, noisy, later)
-        uncond = self._predicted(self.teaching.conditions(blank), noisy, later)
-        guided = uncond + self.settings.guidance * (cond - uncond)
-        clean = self.velocity.clean(guided, noisy, later)[0]
-        signal, rest = self.velocity.levels(later, noisy)
-        noise = rest * noisy + signal * guided
-        return self.velocity.noisy(clean, noise, earlier).contiguous(memory_format=torch.channels_last)
+        with_all, without = self.teaching.conditions(batch), self.teaching.conditions(blank)
+
+        def guided(noisy: Tensor, steps: Tensor) -> Tensor:
+            low = self._predicted(without, noisy, steps)
+            return low + self.settings.guidance * (self._predicted(with_all, noisy, steps) - low)
+
+        return guided
 
     def _predicted(self, conditions: Sequence[Condition], noisy: Tensor, steps: Tensor) -> Tensor:
         backend = for_training(noisy.device)
         with self.model.prepare(conditions, len(noisy), guidance=False, backend=backend) as prepared:
             return self.model.predict(noisy, steps, prepared.throughout()).float()
 
+    def _read(self, batch: Batch, clean: Tensor, certain: Tensor) -> tuple[Tensor, Tensor]:
+        """How unlike the person asked for, and how far from the prompt, clean latents are; the certain ones count."""
+        assert self.teaching.reader is not None
+        who, what = self.teaching.reader(clean.contiguous(memory_format=torch.channels_last))
+        faces = (batch.who != 0).any(1)
+        unlike = (certain * (1 - F.cosine_similarity(who, batch.who)) * faces).sum() / faces.sum().clamp_min(1)
+        return unlike, (certain * disobedience(what, batch.wanted)).mean()
+
     @torch.no_grad()
     def figures(self) -> dict[str, float]:
-        """Held-out people: how far from the end of the teacher's guided path the student ends, from places along it.
+        """Held-out people in four steps: how far the student ends from the guided teacher, and the plain model does.
 
-        Mean squared distance of the latents, which have unit variance, with the LoRA and without it.
+        Mean squared distance of the latents, which have unit variance; with a reader also how unlike and how
+        disobedient (lower is better) the ends are by its reading: of the student, the plain model and the teacher.
         """
         held_out = self.teaching.held_out
         if held_out is None:
             return {}
-        rows = torch.arange(min(16, len(held_out.pictures)))
+        rows = torch.arange(0, len(held_out.pictures), max(1, len(held_out.pictures) // 64))
         generator = torch.Generator().manual_seed(15)
-        batch = self.teaching._gather(held_out, rows, "ip_adapter_faceid", generator)
+        way = list(self.settings.ways)[-1]
+        batch = self.teaching._gather(held_out, rows, way, generator)
         asked = self.teaching.conditions(batch)
-        path = list(self._path(batch, asked, torch.randn(batch.latents.shape, generator=generator)))
-        end = path[-1][0]
-        found = {"with": 0.0, "without": 0.0}
-        for x, steps in path[:-1:2]:
-            plain = self.velocity.clean(self._predicted(asked, x, steps), x, steps)[0]
-            for name, guess in (("with", self.foreseen(asked, x, steps)), ("without", plain)):
-                found[name] += float((guess - end).square().mean()) / len(path[:-1:2])
-        return {f"held_out_{name}": round(value, 4) for name, value in found.items()}
+        noise = torch.randn(batch.latents.shape, generator=generator)
+        sides = {"with": self.student(asked), "without": self.plain(asked), "teacher": self.taught(batch)}
+        ends = {name: self.walk(side, noise, _LEVELS, 4)[1] for name, side in sides.items()}
+        found = {
+            f"held_out_{name}": float((end - ends["teacher"]).square().mean())
+            for name, end in ends.items()
+            if name != "teacher"
+        }
+        if self.teaching.reader is not None:
+            for name, end in ends.items():
+                unlike, amiss = self._read(batch, end, torch.ones(len(end)))
+                found |= {f"unlike_{name}": float(unlike), f"amiss_{name}": float(amiss)}
+        return {name: round(value, 4) for name, value in found.items()}
 
-    def _path(self, batch: Batch, asked: Sequence[Condition], noise: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """The teacher's latents and their timesteps (B,), from noise to the end, where there is no noise."""
-        every = 1000 // self.settings.grid
-        x, steps = noise, torch.full((len(noise),), 999)
-        while int(steps[0]) > 0:
-            yield x, steps
-            earlier = (steps - every * self.settings.stride).clamp(min=0)
-            x, steps = self._taught(batch, asked, x, steps, earlier), earlier
-        yield x, steps
+
+def _rows(batch: Batch, rows: Tensor) -> Batch:
+    """These rows of a batch, each as often as it is named."""
+    return replace(
+        batch,
+        latents=batch.latents[rows],
+        prompts=[batch.prompts[row] for row in rows.tolist()],
+        embeddings=batch.embeddings[rows],
+        control=None if batch.control is None else batch.control[rows],
+        who=batch.who[rows],
+        wanted=batch.wanted[rows],
+        weights=batch.weights[rows],
+    )
 
 
 def train_distil(shop: Workshop) -> None:
-    """The LoRA beside the finished model in the output folder; written to loras/lcm.safetensors there."""
+    """The LoRA beside the finished model in the output folder; written to loras/few.safetensors there."""
     from facegen.adapter import Adapter, load_adapter
     from facegen.models.base import Model
     from facegen.training.checkpoint import save_tensors
     from facegen.training.diffusion import DiffusionObjective, DiffusionSettings
-    from facegen.training.mini import learn_from
+    from facegen.training.mini import finished_reader, learn_from
 
     settings = DistilSettings()
     model = Model.from_pretrained(shop.output, dtype=torch.float32, device="cpu")
@@ -203,12 +271,13 @@ def train_distil(shop: Workshop) -> None:
     }
     lessons, held_out = (learn_from(shop, place, model.vae) for place in (shop.pictures, shop.held_out))
     asked = DiffusionSettings(ways=settings.ways, batch=settings.batch, base=False, seed=settings.seed)
-    objective = DistilObjective(DiffusionObjective(model, adapters, lessons, asked, held_out), settings)
+    reader = finished_reader(shop, lessons)
+    objective = DistilObjective(DiffusionObjective(model, adapters, lessons, asked, held_out, reader), settings)
     measured: dict[str, Any] = run(
         objective, shop.work / "distil", Budget(max(1, round(STEPS * shop.budget))), SETTINGS
     )
     lora: Any = objective.module
     path = shop.output / FILE
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_tensors(lora.tensors(), path, {"kind": "lcm", "steps": "4", "guidance": "1.0"})
+    save_tensors(lora.tensors(), path, {"kind": "few steps", "steps": "4", "guidance": "1.0"})
     record("distil", measured, shop.output / "mini.json")

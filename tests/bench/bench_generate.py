@@ -38,7 +38,7 @@ from tests.bench.cases import CASES, SMALL, UNETS, Case, draw, load
 logger = logging.getLogger("bench_generate")
 
 ROOT = Path(__file__).resolve().parents[2]
-SIDES = ("diffusers", "facegen", "packed", "triton", "compiled", "fast", "fastest", "lcm", "int8", "fp8")
+SIDES = ("diffusers", "facegen", "packed", "triton", "compiled", "graphs", "fast", "fastest", "few", "int8", "fp8")
 SCALE, CONTROL = 0.6, 0.7
 
 
@@ -96,16 +96,19 @@ def facegen_side(setup: Setup, case: Case, side: str) -> Callable[[], Tensor]:
                 kv.to_v.weight.data.copy_(person.weights[f"{layer.index}.to_v_ip.weight"])
                 layers[layer.index] = kv
         people.append((person, layers))
-    if side == "compiled":
-        compile_networks(model.unet, *([] if case.net is None else [case.net]))
+    if side in ("compiled", "graphs"):
+        mode = "reduce-overhead" if side == "graphs" else None
+        compile_networks(model.unet, *([] if case.net is None else [case.net]), mode=mode)
+        if side == "graphs":
+            _mark_steps(model)
     elif side == "int8" or side == "fp8":
         for network in filter(None, (model.unet, case.net, case.text_encoder)):
             shrink(network, side)
     elif device == "cpu" and side not in ("facegen", "triton"):
         pack(model.unet, *(one for one in (case.net, case.text_encoder) if one is not None))
 
-    few = [few_steps(model, Path(setup.model).parent / "loras" / "lcm.safetensors")] if side == "lcm" else []
-    kind, steps, scale = ("lcm", 4, 1.0) if few else ("ddim", setup.steps, setup.guidance)
+    few = [few_steps(model, Path(setup.model).parent / "loras" / "few.safetensors")] if side == "few" else []
+    kind, steps, scale = ("ddim trailing", 4, 1.0) if few else ("ddim", setup.steps, setup.guidance)
 
     @torch.no_grad()
     def make() -> Tensor:
@@ -127,6 +130,17 @@ def facegen_side(setup: Setup, case: Case, side: str) -> Callable[[], Tensor]:
         return denoise(model, start(scheduler, case.latents), scheduler, conditions, Guidance(scale), generator)
 
     return make
+
+
+def _mark_steps(model: Any) -> None:
+    """What a CUDA graph gave in one step may be overwritten in the next."""
+    predict = model.predict
+
+    def marked(*arguments: Any, **more: Any) -> Tensor:
+        torch.compiler.cudagraph_mark_step_begin()
+        return predict(*arguments, **more).clone()
+
+    model.predict = marked
 
 
 def few_steps(model: Any, file: Path) -> Any:

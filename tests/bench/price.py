@@ -5,7 +5,8 @@
 
 Every way paints the same held-out people from the same noise (`facegen.evaluation.protocol`). A way is a preset
 (exact, fast, fastest), an approximation by itself (guidance FROM-TO, control PART, control-cond, reuse N, steps N;
-lcm N: that scheduler's N steps without guidance), or a LoRA for few steps: lcm for the model's own, or a file.
+lcm N: that scheduler's N steps without guidance; int8, fp8: weights in eight bits; tiny FILE: a tiny decoder), or a
+LoRA for few steps: few for the model's own, or a file.
 likeness and prompt are the judges'; `unlike` is the mean distance of the pictures to the exact ones' in the features
 of the parsing net, unit-normalised per place and averaged over its stages, as LPIPS does it without learned weights
 (0: the same picture; what other noise does stands in the
@@ -27,8 +28,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from facegen.adapter import load_adapter
+from facegen.adapter import Adapter, load_adapter
 from facegen.economy import EXACT, PRESETS, Economy
+from facegen.eight_bits import Weights
 from facegen.errors import WrongRequest
 from facegen.evaluation import protocol
 from facegen.evaluation.judges import load_judges
@@ -37,6 +39,7 @@ from facegen.few_steps import told_by
 from facegen.models.base import Model
 from facegen.models.lora import load_lora
 from facegen.models.packed import pack
+from facegen.models.tiny import load_tiny
 from facegen.world.captions import captions_for
 from facegen.world.sampling import HELD_OUT_FROM, scenes_for
 
@@ -54,6 +57,8 @@ class Way:
     lora: Path | None = None
     seed: int = 0
     unguided: str | None = None  # the scheduler of a run without guidance
+    weights: Weights = "whole"
+    tiny: str | None = None
 
 
 def way(name: str, model: str) -> Way:
@@ -62,6 +67,10 @@ def way(name: str, model: str) -> Way:
     try:
         if name in PRESETS:
             return Way(name, PRESETS[name])
+        if name in ("int8", "fp8"):
+            return Way(name, weights=name)
+        if word == "tiny":
+            return Way(name, tiny=value)
         if word == "guidance":
             begin, end = map(float, value.split("-"))
             return Way(name, Economy(guidance=(begin, end)))
@@ -135,11 +144,10 @@ class Price:
 
 def measure(plan: Plan, adapter: str, ways: list[Way], tell: Callable[[str], None] = logger.info) -> list[Price]:
     """Each way's price; the first way is what the others are held against."""
-    judges, model = load_judges(), Model.from_pretrained(plan.model)
-    worn = load_adapter(adapter, model)
-    pack(model.unet, model.vae, model.text_encoder, worn.modules(), worn.host(model).unet)
+    judges = load_judges()
+    whole = _loaded(plan.model, adapter, "whole")
     names = range(HELD_OUT_FROM, HELD_OUT_FROM + plan.people)
-    size = model.default_size[0]
+    size = whole[0].default_size[0]
     first = protocol.drawn(judges, scenes_for(plan.seed, names, [0] * plan.people), size)
     scenes = scenes_for(plan.seed, names, [1] * plan.people)
     texts = captions_for(plan.seed, names, [1] * plan.people, scenes, subject="person")
@@ -149,6 +157,8 @@ def measure(plan: Plan, adapter: str, ways: list[Way], tell: Callable[[str], Non
     found: list[Price] = []
     exact: Tensor | None = None
     for one in ways:
+        model, worn = whole if one.weights == "whole" else _loaded(plan.model, adapter, one.weights)
+        model.tiny = None if one.tiny is None else load_tiny(one.tiny, model)
         settings = plan
         loras = []
         if one.steps is not None:
@@ -181,6 +191,13 @@ def measure(plan: Plan, adapter: str, ways: list[Way], tell: Callable[[str], Non
         found.append(Price(one.name, tally.row(one.name, threshold), unlike(features, every, exact), seconds))
         tell(f"{one.name}: likeness {found[-1].row.likeness:.3f}, {seconds:.2f} s")
     return found
+
+
+def _loaded(model: str, adapter: str, weights: Weights) -> tuple[Model, Adapter]:
+    base = Model.from_pretrained(model, weights=weights)
+    worn = load_adapter(adapter, base)
+    pack(base.unet, base.vae, base.text_encoder, worn.modules(), worn.host(base).unet)
+    return base, worn
 
 
 def table(plan: Plan, adapter: str, prices: list[Price]) -> str:

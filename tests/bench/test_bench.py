@@ -49,6 +49,7 @@ def test_ways_by_name() -> None:
     assert way("guidance 0-0.5", "mini").economy == Economy(guidance=(0.0, 0.5))
     assert way("control-cond", "mini").economy == Economy(control_both=False)
     assert way("steps 8", "mini").steps == 8
+    assert (way("int8", "mini").weights, way("tiny taesd", "mini").tiny) == ("int8", "taesd")
     with pytest.raises(WrongRequest, match="neither a preset nor a LoRA"):
         way("nonsense", "mini")
     with pytest.raises(WrongRequest, match="no way"):

@@ -1,23 +1,34 @@
-"""Distillation: only the LoRA learns, it foresees the teacher's path better, and its file is read as any LCM-LoRA."""
+"""Distillation: only the LoRA learns, from the guided teacher along short walks, and its file is worn as any LoRA."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from facegen.models.lora import load_lora
+from facegen.schedulers import build
 from facegen.training.cache import Cache
 from facegen.training.checkpoint import save_tensors
-from facegen.training.diffusion import DiffusionObjective, DiffusionSettings, Lessons, new_adapters, new_model
+from facegen.training.diffusion import (
+    SCHEDULER,
+    Batch,
+    DiffusionObjective,
+    DiffusionSettings,
+    Lessons,
+    new_adapters,
+    new_model,
+)
 from facegen.training.distil import DistilObjective, DistilSettings, LowRankSet
 from facegen.training.mini import EXTRA
+from facegen.training.reader import LatentReader
 from facegen.training.vae import VAESettings, new_vae
 
 SIZES = DiffusionSettings(
-    channels=(32, 64), text_width=128, text_layers=1, queries=2, resampler_depth=1, rank=2, batch=3, base=False,
+    channels=(32, 64), text_width=128, text_layers=1, queries=2, resampler_depth=1, rank=2, batch=6, base=False,
     ways={"prompt": 0.4, "ip_adapter_faceid": 0.3, "instantid": 0.3},
 )  # fmt: skip
 
@@ -34,31 +45,56 @@ def objective(draw_cache: Callable[..., Path], tmp_path_factory: pytest.TempPath
     vae = new_vae(VAESettings(channels=(16, 16, 32, 32), latent_channels=4)).requires_grad_(False)
     model = new_model(vae, build_tokenizer(tmp_path_factory.mktemp("tokenizer")), SIZES)
     teaching = DiffusionObjective(model, new_adapters(model, 128, SIZES), lessons, SIZES, lessons)
-    return DistilObjective(teaching, DistilSettings(rank=4, batch=3))
+    return DistilObjective(teaching, DistilSettings(rank=4, batch=6, walks=(2, 3), ways=SIZES.ways))
 
 
 def test_it_is_a_stage_on_demand() -> None:
     assert "distil" in EXTRA
 
 
+def _batch(objective: DistilObjective, way: str) -> Batch:
+    generator = torch.Generator().manual_seed(2)
+    return objective.teaching._gather(objective.teaching.lessons, torch.arange(6) % 9, way, generator)
+
+
 def test_a_fresh_lora_changes_nothing(objective: DistilObjective) -> None:
-    batch = objective.teaching._gather(
-        objective.teaching.lessons, torch.arange(3), "ip_adapter_faceid", torch.Generator().manual_seed(2)
-    )
+    batch = _batch(objective, "ip_adapter_faceid")
     asked = objective.teaching.conditions(batch)
-    steps = torch.full((3,), 499)
+    steps = torch.full((6,), 499)
     with torch.no_grad():
         fresh = DistilObjective(objective.teaching, objective.settings)
-        plain = fresh._predicted(asked, batch.latents, steps)
-        clean = fresh.velocity.clean(plain, batch.latents, steps)[0]
-        assert torch.allclose(fresh.foreseen(asked, batch.latents, steps), clean, atol=1e-3)
+        plain, student = (side(asked)(batch.latents, steps) for side in (fresh.plain, fresh.student))
+    assert torch.allclose(plain, student, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_walk_is_the_scheduler_s(objective: DistilObjective) -> None:
+    batch = _batch(objective, "prompt")
+    velocity = objective.taught(batch)
+    noise = torch.randn(batch.latents.shape, generator=torch.Generator().manual_seed(3))
+    places, end = objective.walk(velocity, noise, 1000, 4)
+    scheduler = build("ddim trailing", SCHEDULER, 4)
+    latents = noise
+    for place, step in zip(places, scheduler.timesteps, strict=True):
+        assert place.steps.tolist() == [int(step)] * 6
+        assert torch.allclose(place.noisy, latents, atol=1e-4)
+        latents = scheduler.step(place.found, step, latents, return_dict=False)[0]
+    assert torch.allclose(end, latents, atol=1e-4)
+
+
+@torch.no_grad()
+def test_the_teacher_is_guided(objective: DistilObjective) -> None:
+    batch = _batch(objective, "ip_adapter_faceid")
+    steps = torch.full((6,), 499)
+    unguided = DistilObjective(objective.teaching, replace(objective.settings, guidance=1.0))
+    plain = unguided.plain(objective.teaching.conditions(batch))(batch.latents, steps)
+    assert torch.allclose(unguided.taught(batch)(batch.latents, steps), plain, atol=1e-5)
+    assert not torch.allclose(objective.taught(batch)(batch.latents, steps), plain, atol=1e-3)
 
 
 @pytest.mark.parametrize("way", ["prompt", "ip_adapter_faceid", "instantid"])
 def test_only_the_lora_learns_under_every_way(objective: DistilObjective, way: str) -> None:
-    batch = objective.teaching._gather(
-        objective.teaching.lessons, torch.arange(3), way, torch.Generator().manual_seed(2)
-    )
+    batch = _batch(objective, way)
     before = [value.clone() for value in objective.model.unet.parameters()]
     optimizer = torch.optim.AdamW(objective.parameter_groups(), lr=2e-3)
     losses = []
@@ -79,7 +115,7 @@ def test_the_file_is_worn_as_it_was_learnt(objective: DistilObjective, tmp_path:
     with torch.no_grad():
         for value in lora.up:
             value.normal_(generator=torch.Generator().manual_seed(5))
-    path = tmp_path / "lcm.safetensors"
+    path = tmp_path / "few.safetensors"
     save_tensors(lora.tensors(), path)
     worn = load_lora(path, objective.model)
     assert worn.layers.keys() == lora.layers().keys()
@@ -92,3 +128,17 @@ def test_what_is_measured(objective: DistilObjective) -> None:
     found = objective.figures()
     assert set(found) == {"held_out_with", "held_out_without"}
     assert all(value > 0 for value in found.values())
+
+
+def test_what_the_reader_says_is_learnt_too(objective: DistilObjective) -> None:
+    teaching = objective.teaching
+    reader = LatentReader(4, 128).eval().requires_grad_(False)
+    read = DistilObjective(
+        DiffusionObjective(teaching.model, teaching.adapters, teaching.lessons, SIZES, teaching.lessons, reader),
+        replace(objective.settings, likeness=1.0, obedience=1.0),
+    )
+    losses = read.loss(_batch(read, "ip_adapter_faceid"), 0, torch.Generator().manual_seed(4))
+    assert losses["loss"] > losses["gap"] + 0.5
+    losses["loss"].backward()
+    assert all(value.grad is not None for value in read.module.parameters())
+    assert {"unlike_with", "unlike_teacher", "amiss_without"} <= set(read.figures())
