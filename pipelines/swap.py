@@ -58,7 +58,7 @@ class SwapRequest(PersonRequest, _Onto):
     change: float | None = number(
         None, "How much of the target's face goes: less keeps more of its expression, 0 changes nothing; by default 1"
         " where the swap is trained, else 0.7.",
-        low=0, high=1, slider=(0, 1, 0.05), optional=True,
+        low=0, high=1, optional=True,
     )  # fmt: skip
     likeness: float = number(
         0.1, "Guidance: how far each step goes towards the source's likeness.",

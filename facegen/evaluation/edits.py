@@ -28,6 +28,11 @@ Call = Callable[..., Any]
 """call(task, **fields) → the Output of that task: pictures and reports."""
 Progress = Callable[[int, int], None]
 
+# What an identity adapter likes to overrule.
+WISHES = (
+    "with red hair", "wearing glasses", "smiling", "wearing a hat", "with black hair", "surprised", "with blond hair",
+    "angry",
+)  # fmt: skip
 SLIDERS = ("smile", "age", "beard", "glasses", "hair_length", "skin", "masculine", "mouth_open")
 
 
@@ -158,14 +163,23 @@ def _likeness(cosines: Tensor, threshold: float) -> dict[str, float]:
 
 
 def swap(bench: Bench) -> Table:
-    """Each person into the photo of the next one."""
+    """Each person into the photo of the next one, against the target as it is and the swap as the world draws it."""
+    from facegen.training.twins import twins
+    from facegen.world.render import render
+
     first, second = bench.drawn(0), bench.drawn(1)
     targets = [*second.photos[1:], second.photos[0]]
     judged = second.judged.roll(-1, 0)
     shown = shapes(bench.judges, targets)
     ways = ("trained", "adapters", "guidance", "both")
     bench.total = bench.plan.people * len(ways)
-    rows = {"the target itself": _swapped(targets, bench, (first.judged, judged), shown)}
+    places = torch.arange(len(targets)).roll(-1)
+    true = twins(second.scenes[places], first.scenes.identity)
+    drawn = [to_pil(render(true[[row]], bench.plan.size).rgb) for row in range(len(true))]
+    rows = {
+        "the target itself": _swapped(targets, bench, (first.judged, judged), shown),
+        "drawn (ceiling)": _swapped(drawn, bench, (first.judged, judged), shown),
+    }
     notes = []
     for way in ways:
         made, outside = [], 0.0
@@ -231,31 +245,57 @@ def people(bench: Bench) -> Table:
 
 
 def repair(bench: Bench) -> Table:
-    """What the prompt asks for, with the person in the picture, before and after repair."""
-    from facegen.world.captions import captions_for
-    from facegen.world.sampling import HELD_OUT_FROM
-
-    first, second = bench.drawn(0), bench.drawn(1)
-    names = range(HELD_OUT_FROM, HELD_OUT_FROM + bench.plan.people)
-    texts = captions_for(bench.plan.seed, names, [1] * bench.plan.people, second.scenes, subject="person")
-    bench.total = 2 * bench.plan.people
+    """What the prompt asks for and the person's photo does not show: with the person as ever, kept apart from the
+    prompt in two ways, repaired, and without the person.
+    """
+    first = bench.drawn(0)
+    prompts = [[f"a portrait of a person {words}" for words in row] for row in not_shown(first.scenes)]
+    ways: dict[str, dict[str, Any]] = {
+        "as it is": {},
+        "apart in the layers": {"apart": "layers"},
+        "apart in the predictions": {"apart": "predictions"},
+        "repaired": {"repair": True},
+        "nobody": {},
+    }
+    bench.total = len(ways) * sum(map(len, prompts))
     rows = {}
-    for name, on in (("as it is", False), ("repaired", True)):
+    for name, fields in ways.items():
         hit = asked = changed = 0
-        made = []
-        for photo, text in zip(first.photos, texts, strict=True):
-            out = bench.make("generate", faces=(photo,), prompt=text, repair=on, select="largest")
-            obedience = out.reports[0].obedience
-            asked += len(obedience.asked) if obedience else 0
-            hit += len(obedience.hit) if obedience else 0
-            changed += int(out.reports[0].measures.get("repaired", 0))
-            made.append(out.images[0])
+        cosines = []
+        for row, texts in enumerate(prompts):
+            for text in texts:
+                faces = () if name == "nobody" else (first.photos[row],)
+                out = bench.make("generate", faces=faces, prompt=text, select="largest", **fields)
+                obedience = out.reports[0].obedience
+                asked += len(obedience.asked) if obedience else 0
+                hit += len(obedience.hit) if obedience else 0
+                changed += int(out.reports[0].measures.get("repaired", 0))
+                cosines.append(F.cosine_similarity(bench.who(out.images), first.judged[[row]]))
         rows[name] = {
             "prompt": hit / max(asked, 1),
-            "likeness": float(F.cosine_similarity(bench.who(made), first.judged).mean()),
-            "pictures repaired": changed / bench.plan.people,
+            "likeness": float(torch.cat(cosines).mean()),
+            "pictures repaired": changed / len(cosines),
         }
-    return Table(f"Prompt repair: {bench.plan.people} people", rows)
+    return Table(f"The prompt against the person: {bench.plan.people} people, what their photos do not show", rows)
+
+
+def not_shown(scenes: Scenes, count: int = 2) -> list[list[str]]:
+    """For each scene `count` wishes, taken in turn, that its picture does not fulfil."""
+    from facegen.world.facts import describe
+    from facegen.world.words import parse_prompt
+
+    wishes: list[list[str]] = []
+    turn = 0
+    for row in range(len(scenes)):
+        shown = describe(scenes, row)
+        chosen: list[str] = []
+        while len(chosen) < count:
+            words = WISHES[turn % len(WISHES)]
+            turn += 1
+            if not set(parse_prompt(words)) <= set(shown):
+                chosen.append(words)
+        wishes.append(chosen)
+    return wishes
 
 
 def sliders(bench: Bench) -> Table:

@@ -102,7 +102,8 @@ def test_a_model_that_never_learnt_to_swap_has_no_such_row(mini: Path) -> None:
 
     seen: list[tuple[int, int]] = []
     table = run("swap", call, PLAN, lambda done, total: seen.append((done, total)))
-    assert set(table.rows) == {"the target itself", "adapters", "guidance", "both"}
+    assert set(table.rows) == {"the target itself", "drawn (ceiling)", "adapters", "guidance", "both"}
+    assert table.rows["drawn (ceiling)"]["to source"] > table.rows["the target itself"]["to source"]
     assert table.notes == ("There is no such net.",)
     assert seen[-1] == (12, 12)
 
