@@ -74,6 +74,23 @@ def test_sizes_are_free_and_large_photos_scale(analyzer: FaceAnalyzer) -> None:
         assert np.abs(middle / np.array(size) - 0.5).max() < 0.13
 
 
+def test_drawn_faces_are_found_where_they_are(mini: Path) -> None:
+    from facegen.face.detect import overlap
+    from facegen.images import to_pil
+    from facegen.world.render import render
+    from facegen.world.sampling import HELD_OUT_FROM, scenes_for
+
+    embedded = FaceAnalyzer.from_pretrained("mini")
+    drawn = render(scenes_for(0, range(HELD_OUT_FROM, HELD_OUT_FROM + 12), [1] * 12), 128)
+    found = [embedded.detect(to_pil(one)) for one in drawn.rgb]
+    boxes = [box.numpy() for box in drawn.box]
+    best = [max((float(overlap(box, one.box[None])[0]) for one in faces), default=0.0)
+            for box, faces in zip(boxes, found, strict=True)]  # fmt: skip
+    assert sum(one > 0.5 for one in best) >= 11
+    assert np.mean(best) > 0.75
+    assert sum(map(len, found)) <= 13
+
+
 def test_nothing_found(analyzer: FaceAnalyzer) -> None:
     assert analyzer.faces(Image.new("RGB", (300, 200), "gray")) == []
     with pytest.raises(NoFaceFound, match=r"No face was found in the photo; give"):
