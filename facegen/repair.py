@@ -48,6 +48,7 @@ PARTS: Mapping[str, tuple[str, ...]] = {
 }
 # Parts inside the face, where the person goes on being brought in while they are painted anew.
 INSIDE = frozenset({"eyes", "brows", "mouth"})
+SHARED = 0.5  # how strongly the person acts in such a part where the prompt asks for something there
 
 
 def missed(prompt: str, obedience: Obedience) -> list[Fact]:
@@ -86,3 +87,24 @@ def without(conditions: Sequence[Condition], mask: Tensor) -> list[Condition]:
         else one
         for one in conditions
     ]
+
+
+def confined(conditions: Sequence[Condition], person: Sequence[Condition], mask: Tensor) -> list[Condition]:
+    """All conditions, those of the person acting only where the mask (1, H, W) is above 0, and as much as it says."""
+    return [without([one], 1 - mask)[0] if one in person else one for one in conditions]
+
+
+def visual(parser: FaceParser, prompt: str, picture: Image.Image, faces: Sequence[Face]) -> Tensor:
+    """Where in a picture a person is recognised, (1, H, W) in [0, 1]: the largest face, without the parts for which a
+    prompt asks and, softly, without those inside the face; everywhere where no face is seen.
+    """
+    width, height = picture.size
+    if not faces:
+        return torch.ones(1, height, width)
+    face = max(faces, key=lambda one: one.area)
+    mask = region(parser, ("face",), [(picture, (face,))])
+    asked = parts_of([fact for fact in parse_prompt(prompt) if fact.kind in PARTS])
+    for part in asked:
+        left = SHARED if part in INSIDE else 0.0
+        mask = torch.minimum(mask, 1 - (1 - left) * region(parser, (part,), [(picture, (face,))]))
+    return mask

@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 AUTO, WINDOWS, MASKS, NONE = "auto", "windows", "masks", "none"
+LAYERS, PREDICTIONS = "layers", "predictions"  # ways to keep person and prompt apart
 LANDMARKS = "landmarks"
+_DRAFT = 0.3  # of the steps: enough to see where in a picture the face will be
 SPACING = 0.75  # of the model's own side: how far apart people stand where the picture's size is left open
 
 
@@ -94,6 +96,11 @@ class GenerateRequest(PersonRequest):
         1.0, "How much that picture weighs against the one that is made.", low=0, high=5, slider=(0, 2, 0.1),
         advanced=True,
     )  # fmt: skip
+    apart: str = choice(
+        NONE, "Keep person and prompt apart: the person acts in the face alone and not where the prompt asks for"
+        " something there; layers: within the attention, predictions: by two predictions a step.",
+        (NONE, LAYERS, PREDICTIONS), advanced=True,
+    )  # fmt: skip
     repair: bool = switch(
         False, "Where the person has overruled the prompt (hair, glasses, hat …), let the base model paint that part."
     )
@@ -120,6 +127,8 @@ class GenerateRequest(PersonRequest):
                 f"There are {len(self.controlnets)} controlnets but {len(self.control_images)} control_images; give"
                 " each its picture, in the same order."
             )
+        if self.apart != NONE and self.people:
+            raise WrongRequest("People are kept apart by isolation; leave out apart, which is for one person.")
         if self.where is not None and self.people:
             raise WrongRequest("Several people have a box or a mask each; leave out where.")
         for field in ("sliders", "expression", "pose", "edits"):
@@ -178,13 +187,18 @@ class GeneratePipeline(Pipeline[GenerateRequest]):
         ]
         shaped += self._light(request, size)
         everything = [prompt, *who.conditions, *shaped, *loras, *conditions]
-        everything += self._slid(request, everything)
+        slid = self._slid(request, everything)
+        everything += slid
         model: Any = self.host(request.adapters)
         model = Windows(model, who.windows) if who.windows else model
         batches = list(self.batches(request.num_images_per_prompt, request.batch_size, indices))
         total, done = sum(map(len, batches)), 0
         for batch in batches:
-            latents = self._run(model, request, size, everything, batch, self.on_step(watch, done, len(batch), total))
+            on_step = self.on_step(watch, done, len(batch), total)
+            if request.apart == NONE or not who.conditions:
+                latents = self._run(model, request, size, everything, batch, on_step)
+            else:
+                latents = self._run_apart(model, request, size, (who, everything, slid), batch, on_step)
             pixels, measures = self.model.decode(latents), tuple[Mapping[str, float], ...]()
             if request.repair and who.everyone and not request.people:
                 pixels, measures = self._repaired(request, who, everything, batch, pixels)
@@ -243,6 +257,65 @@ class GeneratePipeline(Pipeline[GenerateRequest]):
             generators,
             on_step,
         )
+
+    def _run_apart(
+        self,
+        model: Any,
+        request: GenerateRequest,
+        size: tuple[int, int],
+        asked: tuple[_Cast, Sequence[Condition], Sequence[Condition]],
+        batch: tuple[int, ...],
+        on_step: Any = None,
+    ) -> Tensor:
+        """As `_run`, the person's conditions acting only in the face of each picture; asked: who, all conditions, and
+        those of them that the sliders gave."""
+        import torch
+
+        from facegen import repair
+        from facegen.conditions import TextCondition
+        from facegen.models.decoupled import Decoupled
+
+        who, everything, slid = asked
+        if request.where is None:
+            masks = self._face_masks(model, request, size, everything, batch)
+        else:
+            masks = _drawn(self.photo(request.where), size, "where").expand(len(batch), 1, -1, -1)
+        if request.apart == PREDICTIONS:
+            # The sliders have moved the last prompt, which an adapter may have written: the plain one moves by itself.
+            moved = [one for one in slid if isinstance(one, TextCondition)]
+            shared = [one for one in everything if one not in who.conditions and one not in moved]
+            plain = [one for one in self._slid(request, shared) if isinstance(one, TextCondition)]
+            both = Decoupled(model, masks, [*who.conditions, *moved], plain)
+            return self._run(both, request, size, shared, batch, on_step)
+        made = [
+            self._run(model, request, size, repair.confined(everything, who.conditions, mask), (place,), on_step)
+            for place, mask in zip(batch, masks, strict=True)
+        ]
+        return torch.cat(made)
+
+    def _face_masks(
+        self,
+        model: Any,
+        request: GenerateRequest,
+        size: tuple[int, int],
+        everything: Sequence[Condition],
+        batch: tuple[int, ...],
+    ) -> Tensor:
+        """Where the person may act in each picture, (B, 1, H, W): a draft of few steps from the same noise tells."""
+        import torch
+
+        from facegen import repair
+        from facegen.images import to_pil
+
+        steps = request.num_inference_steps
+        if request.image is None:  # else there may be no step to spare
+            steps = min(steps, max(4, round(steps * _DRAFT)))
+        draft = replace(request, num_inference_steps=steps, character=None)
+        pictures = self.model.decode(self._run(model, draft, size, everything, batch))
+        masks = []
+        for one in map(to_pil, pictures):
+            masks.append(repair.visual(self.parser, request.prompt, one, self.faces_in(one)))
+        return torch.stack(masks)
 
     # who
 

@@ -255,7 +255,7 @@ def repair(bench: Bench) -> Table:
         "apart in the layers": {"apart": "layers"},
         "apart in the predictions": {"apart": "predictions"},
         "repaired": {"repair": True},
-        "nobody": {},
+        "nobody": {"strength": 0.0},
     }
     bench.total = len(ways) * sum(map(len, prompts))
     rows = {}
@@ -264,8 +264,7 @@ def repair(bench: Bench) -> Table:
         cosines = []
         for row, texts in enumerate(prompts):
             for text in texts:
-                faces = () if name == "nobody" else (first.photos[row],)
-                out = bench.make("generate", faces=faces, prompt=text, select="largest", **fields)
+                out = bench.make("generate", faces=(first.photos[row],), prompt=text, select="largest", **fields)
                 obedience = out.reports[0].obedience
                 asked += len(obedience.asked) if obedience else 0
                 hit += len(obedience.hit) if obedience else 0
@@ -425,15 +424,16 @@ def geometry(bench: Bench) -> Table:
 
 
 def restore(bench: Bench) -> Table:
-    """Photos damaged to three degrees: as they are (enlarged bicubically), and restored without anybody's face, with
-    the face of the damaged photo, and with that of another photo.
+    """Photos damaged to three degrees: as they are (enlarged bicubically); restored as ever, without the aligner,
+    without diffusion, and with another photo of the person.
     """
     from facegen.errors import NoFaceFound
     from facegen.restoration.degrade import LEVELS, degrade
 
     first, second = bench.drawn(0), bench.drawn(1)
     ways: dict[str, dict[str, Any]] = {
-        "without the adapter": {"strength": 0.0},
+        "without the aligner": {"alignment": 0.0},
+        "aligned alone": {"fidelity": 1.0},
         "restored": {},
         "with another photo": {},
     }

@@ -21,7 +21,7 @@ from facegen.models.prepared import Now, Prepared
 if TYPE_CHECKING:
     from facegen.models.base import Model
 
-_OWN = (KeepCondition, GuidanceCondition, LoraCondition)  # these are of the whole canvas, whatever the window
+OWN = (KeepCondition, GuidanceCondition, LoraCondition)  # these are of the whole canvas, whatever the window
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +60,7 @@ class Windows:
 
     def prepare(self, conditions: Sequence[Condition], batch: int, guidance: bool) -> PreparedWindows:
         """See Model.prepare; `conditions` act in every window."""
-        shared = [one for one in conditions if not isinstance(one, _OWN)]
+        shared = [one for one in conditions if not isinstance(one, OWN)]
         parts = [self.model.prepare([*shared, *window.conditions], batch, guidance) for window in self.windows]
         return PreparedWindows(self.model.prepare(conditions, batch, guidance), parts)
 

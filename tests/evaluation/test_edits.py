@@ -11,9 +11,12 @@ import torch
 
 from facegen.cli import MEASURES
 from facegen.errors import NoFaceFound, WeightsMissing
-from facegen.evaluation.edits import PROTOCOLS, SLIDERS, Plan, Table, run
+from facegen.evaluation.edits import PROTOCOLS, SLIDERS, WISHES, Plan, Table, not_shown, run
 from facegen.evaluation.judges import load_judges
 from facegen.report import Likeness, Matched, Obedience, Report
+from facegen.world.facts import describe
+from facegen.world.sampling import HELD_OUT_FROM, scenes_for
+from facegen.world.words import parse_prompt
 
 PLAN = Plan(people=3, steps=1, size=96)
 INSIDE = {"pixels changed outside": 0.0, "repaired": 1.0}
@@ -68,13 +71,15 @@ def test_a_perfect_painter_gets_a_perfect_table(mini: Path, name: str) -> None:
     elif name == "repair":
         assert (rows["as it is"]["prompt"], rows["repaired"]["prompt"]) == (0.5, 1)
         assert rows["repaired"]["pictures repaired"] == 1
+        assert {fields.get("apart") for _, fields in painter.asked} == {None, "layers", "predictions"}
     elif name == "restore":
-        assert [len(rows), len(painter.asked)] == [12, 27]
+        assert [len(rows), len(painter.asked)] == [15, 36]
         assert rows["light: restored"].items() >= rows["light: bicubic"].items()  # the painter hands the photo back
         assert rows["light: bicubic"]["PSNR, dB"] > rows["heavy: bicubic"]["PSNR, dB"] + 2
         assert rows["light: bicubic"]["distance"] < rows["heavy: bicubic"]["distance"]
         assert rows["light: bicubic"]["likeness"] > rows["heavy: bicubic"]["likeness"]
-        assert {fields.get("strength") for _, fields in painter.asked} == {None, 0.0}
+        assert {fields.get("alignment") for _, fields in painter.asked} == {None, 0.0}
+        assert {fields.get("fidelity") for _, fields in painter.asked} == {None, 1.0}
     elif name == "geometry":
         assert rows["drawn (ceiling)"]["points, % of eyes"] < 15 < rows["depth"]["points, % of eyes"]
         assert rows["drawn (ceiling)"]["parts"] > rows["depth"]["parts"]
@@ -115,6 +120,16 @@ def test_a_table_is_aligned_and_plain() -> None:
     assert len({len(line) for line in lines[1:]}) == 1
     assert lines[2].endswith("–")
     assert table.to_json()["rows"]["bb"]["x"] == 0.25
+
+
+def test_wishes_are_what_a_picture_does_not_show() -> None:
+    scenes = scenes_for(0, range(HELD_OUT_FROM, HELD_OUT_FROM + 6), [0] * 6)
+    chosen = not_shown(scenes, 3)
+    for row, wishes in enumerate(chosen):
+        assert len(set(wishes)) == 3
+        for words in wishes:
+            assert not set(parse_prompt(words)) <= set(describe(scenes, row))
+    assert {words for wishes in chosen for words in wishes} == set(WISHES)
 
 
 def test_sliders_that_move_nothing_leave_the_matrix_at_zero(mini: Path) -> None:

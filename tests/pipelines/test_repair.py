@@ -13,6 +13,7 @@ from PIL import Image
 
 from facegen import repair
 from facegen.conditions import TokenCondition
+from facegen.errors import WrongRequest
 from facegen.face.parse import REGIONS
 from facegen.pipelines.generate import GeneratePipeline
 from facegen.report import Judges, Obedience
@@ -110,3 +111,52 @@ def test_a_person_is_kept_out_of_the_part() -> None:
     first, second = repair.without(streams, mask)
     assert torch.equal(first.mask, 1 - mask)  # type: ignore[attr-defined]
     assert not second.mask.any()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("way", ["layers", "predictions"])
+@pytest.mark.parametrize("adapter", ["ip_adapter_faceid", "arc2face"])
+def test_person_and_prompt_kept_apart(
+    pipe: GeneratePipeline, tiny: Path, drawn: Drawn, monkeypatch: pytest.MonkeyPatch, way: str, adapter: str
+) -> None:
+    """Everywhere the person's it is the picture as ever; nowhere, it is the prompt's, whatever the adapter brings."""
+    pipe.load_adapter(tiny / "adapters" / adapter)
+    call: dict[str, Any] = {"faces": drawn(1), "prompt": "a", **QUICK}
+    as_ever, nobody = pixels(pipe(**call).images[0]), pixels(pipe(prompt="a", **QUICK).images[0])
+    seen = torch.zeros(1, 64, 64)
+    monkeypatch.setattr("facegen.repair.visual", lambda *_: seen)
+    none = pixels(pipe(apart=way, **call).images[0])
+    seen.fill_(1)
+    assert np.array_equal(pixels(pipe(apart=way, **call).images[0]), as_ever)
+    written = adapter == "arc2face"  # it has no attention of its own that a mask could confine
+    if way == "predictions" or not written:
+        assert np.array_equal(none, nobody)
+    seen[:, :32] = 0
+    half = pixels(pipe(apart=way, num_images_per_prompt=2, batch_size=2, **call).images[0])
+    if way == "predictions" or not written:
+        assert not np.array_equal(half, as_ever)
+        assert not np.array_equal(half, none)
+
+
+def test_where_a_person_is_recognised_and_the_prompt_wishes_nothing(drawn: Drawn) -> None:
+    class Parts:
+        """Stripes: the face the upper half, glasses its first rows, the mouth its last ones."""
+
+        def region(self, photo: Image.Image, faces: Any, name: str) -> torch.Tensor:
+            mask = torch.zeros(1, photo.height, photo.width)
+            mask[:, {"face": slice(0, 80), "glasses": slice(0, 20), "mouth": slice(60, 80)}.get(name, slice(0, 0))] = 1
+            return mask
+
+    photo: Any = drawn(1)
+    face: Any = type("Seen", (), {"area": 1.0})()
+    parser: Any = Parts()
+    mask = repair.visual(parser, "a person, glasses, with lipstick", photo, [face])[0, :, 0]
+    assert mask[:20].unique().tolist() == [0]
+    assert mask[20:60].unique().tolist() == [1]
+    assert mask[60:80].unique().tolist() == [repair.SHARED]
+    assert mask[80:].unique().tolist() == [0]
+    assert bool((repair.visual(parser, "a person, glasses", photo, []) == 1).all())
+
+
+def test_several_people_are_kept_apart_otherwise(pipe: GeneratePipeline, drawn: Drawn) -> None:
+    with pytest.raises(WrongRequest, match="leave out apart"):
+        pipe(people=[[drawn(1)], [drawn(2)]], apart="layers", **QUICK)
