@@ -72,7 +72,7 @@ def build(loading: Loading) -> gr.Blocks:
             f"# facegen\nPictures of a person, made from their photos. Everything runs on this machine; model: "
             f"**{Path(loading.model).name}**. Every saved picture says in its metadata that it is AI-generated."
         )
-        with gr.Tabs():
+        with gr.Tabs(selected="generate"):
             for name in tasks():
                 with gr.Tab(name.replace("_", " ").capitalize(), id=name):
                     TaskTab(page, name, house, sessions).build()

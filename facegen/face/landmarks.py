@@ -65,13 +65,13 @@ class LandmarkFinder:
         """
         size: int = self.net.config["size"]
         matrices = crop_matrices(points, size)
-        crops = _crops(pixels, matrices, size) * 2 - 1
-        plain, mirrored = (self.net(one) * size for one in (crops, crops.flip(3)))
+        cut = crops(pixels, matrices, size) * 2 - 1
+        plain, mirrored = (self.net(one) * size for one in (cut, cut.flip(3)))
         other = torch.stack([size - 1 - mirrored[..., 0], mirrored[..., 1]], 2)[:, MIRROR]
         return transform(_inverse(matrices), (plain + other) / 2)
 
 
-def _crops(pixels: Tensor, matrices: Tensor, size: int) -> Tensor:
+def crops(pixels: Tensor, matrices: Tensor, size: int) -> Tensor:
     """As `warp`; large faces are made smaller first, so that no pixel is left out."""
     times = int(1 / matrices[:, :, 0].norm(dim=1).max().clamp(min=1e-3))
     if times < 2:

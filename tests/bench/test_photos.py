@@ -1,0 +1,66 @@
+"""The labels of the photographs are sound, the score counts what it says, and real portraits can be read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from facegen.pipelines.avatar import AvatarPipeline
+from facegen.world.facts import FACTS, Fact
+from tests.bench.bench_photos import KINDS, Row, labels, measured, read_off, scores, sheet
+
+VALUES = {
+    **{kind: set(FACTS[kind]) for kind in ("skin", "hair_color", "beard", "looking", "hat")},
+    "hair_length": {"bald", "short", "long"},
+    "glasses": {"none", "glasses"},
+    "smile": {"yes", "no"},
+}
+
+
+def test_labels_are_values_that_can_be_judged() -> None:
+    assert len(labels()) > 15
+    for name, kinds in labels().items():
+        for kind, values in kinds.items():
+            assert values, name
+            assert set(values) < VALUES[kind], (name, kind)  # a label that accepts everything says nothing
+
+
+def test_labels_name_photos_that_are_there(shared: Path) -> None:
+    if not (shared / "photos").is_dir():
+        pytest.skip("no ../shared/photos beside the checkout")
+    assert not [name for name in labels() if not (shared / "photos" / name).is_file()]
+
+
+def test_facts_are_read_in_the_words_of_the_labels() -> None:
+    facts = [Fact("hair_style", "any long"), Fact("glasses", "round"), Fact("expression", "laughing")]
+    assert read_off(facts) == {"hair_length": "long", "glasses": "glasses", "hat": "none", "smile": "yes"}
+    assert read_off([Fact("hair_style", "bald"), Fact("expression", "sad")])["hair_length"] == "bald"
+
+
+def test_scores_count_against_labels_and_chance() -> None:
+    def row(name: str, skin: str, shown: str) -> Row:
+        return Row(name, {"skin": [skin]}, {"skin": skin}, None, {"skin": shown})
+
+    rows = [row("a", "light", "light"), row("b", "dark", "light"), row("c", "light", "dark")]
+    rows.append(Row("d", {"skin": ["light"]}, None, None, None))  # no face found: wrong
+    found = scores(rows)
+    assert found["skin"] == {"read": 0.75, "carried over": 0.25, "chance": pytest.approx(5 / 9, abs=1e-4), "photos": 4}
+    assert found["all"]["carried over"] == 0.25
+    assert found["hat"]["photos"] == 0
+
+
+def test_two_portraits_become_avatars(shared: Path, mini: Path) -> None:
+    folder = shared / "photos"
+    if not folder.is_dir():
+        pytest.skip("no ../shared/photos beside the checkout")
+    pipe = AvatarPipeline.from_pretrained("mini")
+    rows = measured(pipe, folder, ["portrait_02.jpg", "portrait_08.jpg"], num_inference_steps=2, seed=1)
+    table = scores(rows)
+    assert set(table) == {*KINDS, "all"}
+    assert table["all"]["read"] > 0.7  # what is read off these two; the picture itself needs more steps
+    assert [row.read["hair_length"] for row in rows if row.read] == ["short", "long"]
+    assert [row.read["skin"] for row in rows if row.read] == ["dark", "light"]
+    assert sheet(rows).size == (7 * 128, 128)
+    assert torch.isfinite(torch.tensor([table["all"]["chance"]])).all()
