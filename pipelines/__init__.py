@@ -7,6 +7,8 @@ import pkgutil
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from facegen.pipelines.avatar import AvatarPipeline as AvatarPipeline
+    from facegen.pipelines.avatar import AvatarRequest as AvatarRequest
     from facegen.pipelines.generate import GeneratePipeline as GeneratePipeline
     from facegen.pipelines.generate import GenerateRequest as GenerateRequest
     from facegen.pipelines.inpaint import InpaintPipeline as InpaintPipeline
