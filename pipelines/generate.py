@@ -312,10 +312,8 @@ class GeneratePipeline(Pipeline[GenerateRequest]):
             steps = min(steps, max(4, round(steps * _DRAFT)))
         draft = replace(request, num_inference_steps=steps, character=None)
         pictures = self.model.decode(self._run(model, draft, size, everything, batch))
-        masks = []
-        for one in map(to_pil, pictures):
-            masks.append(repair.visual(self.parser, request.prompt, one, self.faces_in(one)))
-        return torch.stack(masks)
+        shown = list(map(to_pil, pictures))
+        return torch.stack([repair.visual(self.parser, request.prompt, one, self.faces_in(one)) for one in shown])
 
     # who
 

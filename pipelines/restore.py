@@ -30,6 +30,7 @@ _SHARES = (1.0, 0.75, 0.5, 0.25, 0.0)  # of the restored face, tried in turn unt
 _SAME = 0.3  # cosine, where a face pack does not say from which on two photos count as one person
 _COARSE = 2  # latents a side whose mean must stay what it was in the damaged face
 _KEPT = (64, 24)  # shares of a face's crop: finer than the first is always made anew, coarser than the second never
+_SHARP, _BLURRED = 0.8, 2.0  # pixels of blur: up to the first the fine detail of a damaged face is kept, beyond not
 _SOFT = 0.12  # of the face's width, over which a restored face fades in
 # ParseNet's and BiSeNet's classes that are not taken from the restored face; the official helpers' choice.
 _LEFT = ("background", "hat", "necklace", "neck", "cloth")
@@ -335,12 +336,17 @@ class RestorePipeline(Pipeline[RestoreRequest]):
         size = (job.crop.size, job.crop.size)
         own = self.model.encode_image(seen[None].to(self.model.device, self.model.dtype))
         start = own if aligner is None else self._aligned(request, job, seen, own, aligner)
+        blur = blur_width(seen)
         # Twice the blur: noise and JPEG have spoilt what is only just larger, and make a face look sharper than it is.
         finest, coarsest = (job.crop.size / share for share in _KEPT)
-        sigma = min(max(2 * blur_width(seen), finest), coarsest)
+        sigma = min(max(2 * blur, finest), coarsest)
+        like, rest = seen, torch.zeros_like(seen)
+        if aligner is not None:
+            like, lost = (self.model.decode(one)[0].cpu() for one in (start, own))
+            # What the autoencoder cannot show of a face that is hardly damaged is the photo's own, and stays.
+            rest = (seen - lost) * min(max((_BLURRED - blur) / (_BLURRED - _SHARP), 0.0), 1.0)
         if request.change == 0:
-            plain = with_coarse(self.model.decode(start)[0].cpu(), seen, sigma)
-            yield from ((index, plain) for index in batch)
+            yield from ((index, (like + rest).clamp(0, 1)) for index in batch)
             return
         steering = [
             *self.identity(
@@ -353,7 +359,7 @@ class RestorePipeline(Pipeline[RestoreRequest]):
         for places, made in self.repaint(request, seen, everywhere, steering, watch, batch, begin=start):
             for index, one in zip(places, made, strict=True):
                 if index in batch:
-                    yield index, with_coarse(one, seen, sigma)
+                    yield index, (with_coarse(one, like, sigma) + rest).clamp(0, 1)
 
     def _aligner(self, request: RestoreRequest) -> Aligner | None:
         """The model's own, if it has one and it is to act."""
