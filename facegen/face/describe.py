@@ -56,8 +56,11 @@ class Description:
         settled = {fact.kind for fact in asked}
         told = {fact.kind: fact for fact in self.facts if fact.kind not in settled}
         phrases = []
+        # The embedded model hears the beard in "no beard" and draws one.
+        if "beard" in told and told.pop("beard").value == "yes":
+            phrases.append("with a beard")
         if "hair_style" in told or "hair_color" in told:
-            phrases.append(_hair(told.pop("hair_style", None), told.pop("hair_color", None)))
+            phrases.insert(0, _hair(told.pop("hair_style", None), told.pop("hair_color", None)))
         return ", ".join([*phrases, *map(say, told.values())])
 
 

@@ -46,7 +46,12 @@ def of_hair(scenes: Scenes, style: str, colour: str) -> Scenes:
     red, green, blue = HAIR_COLORS[colour]
     place = float(list(HAIR_COLORS).index(colour))
     return scenes.with_values(
-        hair_style=float(HAIR_STYLES.index(style)), hair_color=place, hair_length=1.0, hair_r=red, hair_g=green, hair_b=blue
+        hair_style=float(HAIR_STYLES.index(style)),
+        hair_color=place,
+        hair_length=1.0,
+        hair_r=red,
+        hair_g=green,
+        hair_b=blue,
     )
 
 
@@ -101,3 +106,6 @@ def test_the_prompt_comes_first() -> None:
     assert {fact.kind for fact in parse_prompt(shown.prompt(asked))} == {"hair_color", "expression", "looking"}
     assert shown.pose() == {"yaw": -0.9, "pitch": 0.1, "roll": 0.0}
     assert Description((Fact("hair_style", "bald"),), {}).prompt() == "a bald head"
+    assert Description((Fact("beard", "yes"),), {}).prompt() == "with a beard"
+    assert Fact("beard", "yes") in parse_prompt("a person, with a beard, smiling")
+    assert not Description((Fact("beard", "no"),), {}).prompt()  # said, it would be drawn
