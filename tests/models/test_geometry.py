@@ -12,7 +12,7 @@ from PIL import Image
 from facegen.errors import WeightsMissing, WrongRequest
 from facegen.images import to_pil
 from facegen.models.base import Model
-from facegen.models.geometry import KINDS, Geometry, drawn, is_map, posed_points, read
+from facegen.models.geometry import ALL, KINDS, Geometry, drawn, is_map, posed_points, read
 from facegen.world.render import render
 from facegen.world.sampling import scene_for
 
@@ -77,6 +77,14 @@ def test_fresh_it_changes_nothing_and_at_strength_0_never(base: str, request: py
     assert not torch.allclose(call(geometry.condition(picture)), plain, atol=1e-3)
     assert torch.equal(call(geometry.condition(picture, scale=0.0)), plain)
     assert torch.equal(call(geometry.condition(picture, mask=torch.zeros(1, 64, 64))), plain)
+
+
+def test_a_fresh_net_tells_drawings_apart(tiny_sd15: Path) -> None:
+    model = Model.from_pretrained(tiny_sd15, device="cpu", dtype=torch.float32)
+    lines = torch.stack([drawn("landmarks", render(scene_for(0, 1, number), 64)) for number in (1, 2)])
+    with torch.no_grad():
+        seen = Geometry.fresh(ALL, model).net.controlnet_cond_embedding(lines)
+    assert (seen[0] - seen[1]).std() > 0.01
 
 
 def test_what_is_not_there_is_named(tiny_sd15: Path, tmp_path: Path) -> None:

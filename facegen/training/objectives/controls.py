@@ -6,7 +6,7 @@ comes from another picture of theirs, which shows another expression and pose, s
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -190,14 +190,14 @@ class ControlObjective(DenoisingObjective):
         rows = torch.arange(min(64, len(self.held_out.pictures)))
         found = {}
         for kind in self.kinds or ("",):
-            for name, acts in (("with", True), ("without", False)):
-                generator = torch.Generator().manual_seed(13)
-                how = (torch.full((len(rows),), True), [kind] * len(rows) if kind else [])
-                batch = self._gather(self.held_out, rows, how, False, generator)
-                if not acts:
-                    batch.control.zero_()
-                noise = torch.randn(batch.latents.shape, generator=generator)
-                losses = self._loss(batch, noise, torch.linspace(0, 999, len(rows)).long())
+            generator = torch.Generator().manual_seed(13)
+            how = (torch.full((len(rows),), True), [kind] * len(rows) if kind else [])
+            batch = self._gather(self.held_out, rows, how, False, generator)
+            noise = torch.randn(batch.latents.shape, generator=generator)
+            timesteps = torch.linspace(0, 999, len(rows)).long()
+            without = replace(batch, control=torch.zeros_like(batch.control))
+            for name, one in (("with", batch), ("without", without)):
+                losses = self._loss(one, noise, timesteps)
                 for part, value in losses.items():
                     if part != "loss" or self.teacher is None:
                         found["_".join(filter(None, ("held_out", kind, part, name)))] = round(float(value), 4)
