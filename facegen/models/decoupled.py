@@ -46,7 +46,7 @@ class Decoupled:
 
     def predict(self, sample: Tensor, timestep: Tensor | int, now: NowWindows) -> Tensor:
         """See Model.predict: to the bit that of one branch where the mask is all ones or all zeros."""
-        mask = F.adaptive_avg_pool2d(self.mask.to(sample), sample.shape[-2:])
+        mask = F.adaptive_avg_pool2d(self.mask.to(sample), (sample.shape[-2], sample.shape[-1]))
         if len(mask) > 1:
             mask = mask.repeat(len(sample) // len(mask), 1, 1, 1)  # the halves of guidance lie one behind the other
         person, plain = now.parts

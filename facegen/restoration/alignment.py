@@ -47,10 +47,11 @@ class _Block(nn.Module):
     def __init__(self, width: int, dim: int) -> None:
         super().__init__()
         self.norms = nn.ModuleList([nn.GroupNorm(8, width), nn.GroupNorm(8, width)])
-        self.convs = nn.ModuleList([nn.Conv2d(width, width, 3, 1, 1), nn.Conv2d(width, width, 3, 1, 1)])
+        last = nn.Conv2d(width, width, 3, 1, 1)
+        self.convs = nn.ModuleList([nn.Conv2d(width, width, 3, 1, 1), last])
         self.who = nn.Linear(dim, 2 * width, bias=False)
         nn.init.zeros_(self.who.weight)
-        nn.init.zeros_(self.convs[1].weight)
+        nn.init.zeros_(last.weight)
 
     def forward(self, x: Tensor, who: Tensor) -> Tensor:
         scale, shift = self.who(who)[..., None, None].chunk(2, 1)

@@ -82,7 +82,7 @@ class RestoreObjective(Objective):
         model.vae.requires_grad_(False).eval()
         self.module = nn.ModuleDict({"aligner": aligner.net})
         for part in (self.module, model.vae):
-            part.to(memory_format=torch.channels_last)
+            part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._first_order = first_order(lessons, model.vae_factor)
         self._means = {id(one): person_means(one) for one in (lessons, held_out) if one is not None}
         self._others = {id(one): _rows_by_person(one) for one in (lessons, held_out) if one is not None}
@@ -103,8 +103,9 @@ class RestoreObjective(Objective):
         for clean, degree, zoom, _ in roll.tolist():
             # The worse it is, the more there is to learn from it.
             damage = seen_from_near(between(degree**0.5), 1 + (settings.zoom - 1) * zoom)
-            kinds = dict.fromkeys(("blur", "shrink", "noise", "jpeg"), settings.kind)
-            damages.append(NONE if clean < settings.clean else replace(damage, **kinds))
+            often = settings.kind
+            damage = replace(damage, blur=often, shrink=often, noise=often, jpeg=often)
+            damages.append(NONE if clean < settings.clean else damage)
         counts = torch.where(roll[:, 3] < settings.referenced, settings.photos, 0)
         return self._gather(self.lessons, rows, damages, counts.tolist(), generator)
 
@@ -159,7 +160,7 @@ class RestoreObjective(Objective):
         found = found.float()
         error = (found - batch.latents).abs() + (found - batch.latents).square()
         losses = {"latents": (batch.weights * error.mean(1)).mean(), "codebook": codebook}
-        losses["shown"] = reconstruction_loss(*(self._shown(one) for one in (found, batch.latents)))
+        losses["shown"] = reconstruction_loss(self._shown(found), self._shown(batch.latents))
         loss = losses["latents"] + settings.codebook * codebook + settings.shown * losses["shown"]
         if self.reader is not None:
             own, _ = self.reader(found.contiguous(memory_format=torch.channels_last))
