@@ -75,8 +75,8 @@ class DiffusionSettings:
     no_face: float = 0.1
     no_points: float = 0.1
     steering: float = 2.0  # factor on the learning rate of what listens to prompts and faces
-    likeness: float = 0.2  # weights of what the reader of latents says about the clean estimate: who …
-    obedience: float = 0.2  # … and what it shows
+    likeness: float = 0.4  # weights of what the reader of latents says about the clean estimate: who …
+    obedience: float = 0.3  # … and what it shows
     face: float = 4.0  # how much more an error inside the face weighs than one beside it
     even: float = 0.25  # share of noise levels drawn evenly; the others are drawn around the middle
     seed: int = 7

@@ -42,6 +42,7 @@ STEPS: Mapping[str, int] = {
     "points": 6000,
     "points68": 6000,
     "vae": 20000,
+    "decoder": 20000,
     "reader": 6000,
     "words": 6000,
     "diffusion": 40000,
@@ -112,6 +113,20 @@ def train_vae(shop: Workshop) -> None:
     objective = VAEObjective(new_vae(settings), Cache(shop.pictures), Cache(shop.held_out), settings, recogniser)
     measured = run(objective, shop.work / "vae", Budget(shop.steps("vae")), VAE_SETTINGS)
     record("vae", measured, shop.output / "mini.json")
+
+
+def train_decoder(shop: Workshop) -> None:
+    """The finished model's decoder alone goes on; its latents, and all that was learnt from them, stay valid."""
+    from facegen.training.diffusion import save_vae
+    from facegen.training.vae import DecoderObjective, VAESettings
+
+    vae = _finished(shop.start or shop.output).vae
+    lessons = learn_from(shop, shop.pictures, vae)
+    recogniser, held_out = _recogniser(shop), Cache(shop.held_out)
+    objective = DecoderObjective(vae, lessons.pictures, held_out, VAESettings(), recogniser, lessons.latents)
+    measured = run(objective, shop.work / "decoder", Budget(shop.steps("decoder")), VAE_SETTINGS)
+    save_vae(vae, shop.output / "base" / "vae")
+    record("decoder", measured, shop.output / "mini.json")
 
 
 def _recogniser(shop: Workshop) -> RecogniserNet:
@@ -340,6 +355,7 @@ STAGES: Mapping[str, Callable[[Workshop], None]] = {
 }
 EXTRA: Mapping[str, Callable[[Workshop], None]] = {
     "write": write_model,
+    "decoder": train_decoder,
     "distil": distil,
     "swap": swap,
     "restore": restore,
