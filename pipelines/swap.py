@@ -28,6 +28,7 @@ TRAINED, BOTH, ADAPTERS, GUIDANCE = "trained", "both", "adapters", "guidance"
 OCCLUDERS = ("glasses", "hair", "hat")
 _SURELY = 0.3  # chance from which on a pixel shows one of them: a frame left standing is better than one cut through
 _CHANGE = {TRAINED: 1.0}  # the photo is seen by the net: there is no need to begin with it
+_RIM = 0.03  # of a face's width: how far its edge, where the old skin shines through, belongs to it
 _MOST = 0.4  # share of a face that must be free of them for the net to be believed
 
 
@@ -163,6 +164,7 @@ class SwapPipeline(Pipeline[SwapRequest]):
     def _face_mask(self, canvas: Image.Image, face: Face) -> Tensor:
         """The face without what stands before it, (1, H, W); where no net can tell, an ellipse."""
         from facegen.face.parse import REGIONS, usual
+        from facegen.face.paste import dilate
 
         try:
             parser = self.parser
@@ -170,8 +172,9 @@ class SwapPipeline(Pipeline[SwapRequest]):
             return usual("face", face.points, canvas.size)
         mask = parser.region(canvas, [face], "face")
         before = [one for name in OCCLUDERS for one in REGIONS[name]]
-        free = mask * (parser.around(canvas, face, before) < _SURELY)
-        return free if float(free.sum()) > _MOST * float(mask.sum()) else mask
+        wide = dilate(mask, round(_RIM * float(face.box[2] - face.box[0])))
+        free = wide * (parser.around(canvas, face, before) < _SURELY)
+        return free if float((free * mask).sum()) > _MOST * float(mask.sum()) else mask
 
     def paint(
         self, request: SwapRequest, conditions: Sequence[Condition], watch: Watch, indices: Sequence[int] | None

@@ -46,6 +46,7 @@ Velocity = Callable[[Tensor, Tensor], Tensor]
 class DistilSettings:
     """guidance: the teacher's, which the student learns to do without; walks: how many steps a walk may have.
 
+    rank: what is learnt; kept: what is written, the nearest of that rank, half as large.
     batch: the places of all walks of a training step; each divides by every number of steps.
     drawn: share of the training steps whose walks begin at a noised picture, as image-to-image does, not at noise;
     fresh: share whose walks take new noise between their steps, as the scheduler "lcm" does.
@@ -54,6 +55,7 @@ class DistilSettings:
     """
 
     rank: int = 16
+    kept: int = 8
     batch: int = 24
     guidance: float = 3.0
     walks: tuple[int, ...] = (3, 4, 4, 6)
@@ -90,15 +92,32 @@ class LowRankSet(nn.Module):
         """What a LoraCondition wears; gradients reach the parameters through it."""
         return {name: LowRankWeights(*pair) for name, *pair in zip(self.names, self.down, self.up, strict=True)}
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Under the names of the published files, in half precision."""
+    def tensors(self, rank: int | None = None) -> dict[str, Tensor]:
+        """Under the names of the published files, in half precision; of a lower rank if so asked."""
         found: dict[str, Tensor] = {}
+        kept = self.rank if rank is None else min(rank, self.rank)
         for name, down, up in zip(self.names, self.down, self.up, strict=True):
             key = "lora_unet_" + name.replace(".", "_")
+            if kept < self.rank:
+                down, up = nearest(down.detach(), up.detach(), kept)
             found[f"{key}.lora_down.weight"] = down.detach().half()
             found[f"{key}.lora_up.weight"] = up.detach().half()
-            found[f"{key}.alpha"] = torch.tensor(float(self.rank))
+            found[f"{key}.alpha"] = torch.tensor(float(kept))
         return found
+
+
+def nearest(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The product (out, r, …) x (r, in, …) as nearly as a lower rank allows (Eckart & Young 1936), each part as large.
+
+    The rank is at most that of `down`. Scale stays 1: an alpha that equals the rank.
+    """
+    # Of the wide product U S Vᵀ only the small middle is decomposed.
+    q, r = torch.linalg.qr(up.flatten(1))  # (out, k), (k, r)
+    u, size, v = torch.linalg.svd(r @ down.flatten(1), full_matrices=False)
+    root = size[:rank].sqrt()
+    new_up = (q @ u[:, :rank]) * root
+    new_down = root[:, None] * v[:rank]
+    return new_down.view(rank, *down.shape[1:]), new_up.view(up.shape[0], rank, *up.shape[2:])
 
 
 @dataclass(frozen=True, eq=False)
@@ -279,5 +298,5 @@ def train_distil(shop: Workshop) -> None:
     lora: Any = objective.module
     path = shop.output / FILE
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_tensors(lora.tensors(), path, {"kind": "few steps", "steps": "4", "guidance": "1.0"})
+    save_tensors(lora.tensors(settings.kept), path, {"kind": "few steps", "steps": "4", "guidance": "1.0"})
     record("distil", measured, shop.output / "mini.json")

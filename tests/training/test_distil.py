@@ -22,7 +22,7 @@ from facegen.training.diffusion import (
     new_adapters,
     new_model,
 )
-from facegen.training.distil import DistilObjective, DistilSettings, LowRankSet
+from facegen.training.distil import DistilObjective, DistilSettings, LowRankSet, nearest
 from facegen.training.mini import EXTRA
 from facegen.training.reader import LatentReader
 from facegen.training.vae import VAESettings, new_vae
@@ -107,6 +107,21 @@ def test_only_the_lora_learns_under_every_way(objective: DistilObjective, way: s
     assert losses[-1] < losses[0]
     assert all(torch.equal(a, b) for a, b in zip(before, objective.model.unet.parameters(), strict=True))
     assert not any(part._forward_hooks for part in objective.model.unet.modules())
+
+
+@pytest.mark.parametrize("kernel", [(), (3, 3)])
+def test_a_lower_rank_keeps_the_most_of_a_product(kernel: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(6)
+    down, up = torch.randn(6, 12, *kernel, generator=generator), torch.randn(20, 6, generator=generator)
+    up = up.view(20, 6, *[1] * len(kernel))
+    whole = up.flatten(1) @ down.flatten(1)
+    values = torch.linalg.svdvals(whole)
+    for rank in (2, 4, 6):
+        small_down, small_up = nearest(down, up, rank)
+        assert small_down.shape == (rank, *down.shape[1:])
+        assert small_up.shape == (20, rank, *up.shape[2:])
+        lost = (small_up.flatten(1) @ small_down.flatten(1) - whole).square().sum()
+        torch.testing.assert_close(lost, values[rank:].square().sum(), rtol=1e-3, atol=1e-3)
 
 
 def test_the_file_is_worn_as_it_was_learnt(objective: DistilObjective, tmp_path: Path) -> None:
