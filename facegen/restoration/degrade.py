@@ -66,11 +66,12 @@ def between(degree: float) -> Damage:
         raise ValueError(f"A degree of damage must lie in [0, 1], not be {degree}.")
     light, medium, heavy = (LEVELS[name] for name in ("light", "medium", "heavy"))
     one, other, share = (light, medium, 2 * degree) if degree < 0.5 else (medium, heavy, 2 * degree - 1)
-    mixed = {
-        name: tuple(a + share * (b - a) for a, b in zip(getattr(one, name), getattr(other, name), strict=True))
-        for name in ("sigma", "factor", "level", "quality")
-    }
-    return replace(light, **mixed)
+
+    def mixed(name: str) -> Range:
+        (low, high), (other_low, other_high) = getattr(one, name), getattr(other, name)
+        return low + share * (other_low - low), high + share * (other_high - high)
+
+    return replace(light, sigma=mixed("sigma"), factor=mixed("factor"), level=mixed("level"), quality=mixed("quality"))
 
 
 def degrade(photo: Image.Image, damage: Damage, generator: torch.Generator) -> Image.Image:
