@@ -642,10 +642,10 @@ class Pipeline(ABC, Generic[R]):
         """
         from facegen.adapters.expression import Expression
         from facegen.errors import WeightsMissing
+        from facegen.models.alignment import Aligner
         from facegen.models.base import locate
         from facegen.models.geometry import ALL, Geometry
         from facegen.models.swap import Swap
-        from facegen.restoration.alignment import Aligner
 
         if name in self.loaded.controls:
             return self.loaded.controls[name]

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from facegen.face.parsing import Parser
     from facegen.face.paste import Box, Crop
     from facegen.face.types import Array, Face
+    from facegen.models.alignment import Aligner
     from facegen.pipeline import Person
-    from facegen.restoration.alignment import Aligner
     from facegen.restoration.restorer import Restorer
 
 DIFFUSION = "diffusion"

@@ -85,8 +85,8 @@ def write_control(objective: ControlObjective, output: Path) -> Path:
 
 def train_restore(shop: Workshop) -> None:
     """The aligner of damaged faces' latents beside the frozen autoencoder; then written beside the controls."""
+    from facegen.models.alignment import Aligner
     from facegen.models.base import Model
-    from facegen.restoration.alignment import Aligner
     from facegen.training.mini import finished_reader, learn_from
     from facegen.training.objectives.restore import RestoreObjective
 

@@ -71,7 +71,7 @@ def test_aligned_latents_are_where_it_begins(
     restore: RestorePipeline, tiny: Path, tiny_pack: Path, drawn: Drawn
 ) -> None:
     """The model's aligner acts before diffusion, by degrees, and is steered by better photos."""
-    from facegen.restoration.alignment import Aligner
+    from facegen.models.alignment import Aligner
 
     photo = drawn(1)
     plain = restore(image=photo, **QUICK).images[0]

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from facegen.models.alignment import Aligner
 from facegen.models.base import Model
-from facegen.restoration.alignment import Aligner
 from facegen.restoration.degrade import LEVELS, NONE
 from facegen.training.cache import Cache
 from facegen.training.diffusion import DiffusionSettings, Lessons, new_model

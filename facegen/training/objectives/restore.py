@@ -18,8 +18,8 @@ from facegen.training.objectives.denoising import face_weights
 from facegen.training.objectives.reconstruction import reconstruction_loss
 
 if TYPE_CHECKING:
+    from facegen.models.alignment import Aligner
     from facegen.models.base import Model
-    from facegen.restoration.alignment import Aligner
     from facegen.training.diffusion import Lessons
     from facegen.training.reader import LatentReader
 

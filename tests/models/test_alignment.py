@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from facegen.errors import CheckpointBroken, WeightsMissing, WrongBaseModel
+from facegen.models.alignment import Aligner, AlignerNet, AlignerSizes
 from facegen.models.base import Model
-from facegen.restoration.alignment import Aligner, AlignerNet, AlignerSizes
 
 SIZES = AlignerSizes(channels=4, dim=6, width=16, deep=16, codes=8, code=4)
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from facegen.errors import CheckpointBroken, WeightsMissing, WrongBaseModel
 from facegen.files import write_json
+from facegen.models.streams import initialise
 
 if TYPE_CHECKING:
     from facegen.models.base import Model
@@ -47,11 +48,8 @@ class _Block(nn.Module):
     def __init__(self, width: int, dim: int) -> None:
         super().__init__()
         self.norms = nn.ModuleList([nn.GroupNorm(8, width), nn.GroupNorm(8, width)])
-        last = nn.Conv2d(width, width, 3, 1, 1)
-        self.convs = nn.ModuleList([nn.Conv2d(width, width, 3, 1, 1), last])
+        self.convs = nn.ModuleList([nn.Conv2d(width, width, 3, 1, 1), nn.Conv2d(width, width, 3, 1, 1)])
         self.who = nn.Linear(dim, 2 * width, bias=False)
-        nn.init.zeros_(self.who.weight)
-        nn.init.zeros_(last.weight)
 
     def forward(self, x: Tensor, who: Tensor) -> Tensor:
         scale, shift = self.who(who)[..., None, None].chunk(2, 1)
@@ -70,7 +68,6 @@ class _Look(nn.Module):
         self.norm = nn.GroupNorm(8, width)
         self.token = nn.Linear(dim, width, bias=False)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        nn.init.zeros_(self.out.weight)
 
     def forward(self, x: Tensor, who: Tensor) -> Tensor:
         b, c, h, w = x.shape
@@ -127,9 +124,17 @@ class AlignerNet(nn.Module):
         self.inside, self.look = _Block(deep, sizes.dim), _Look(deep, sizes.dim)
         self.after = nn.ModuleList([_Block(width, sizes.dim) for _ in range(2)])
         self.end = nn.Conv2d(width, sizes.channels, 3, 1, 1)
-        nn.init.zeros_(self.end.weight)
-        assert self.end.bias is not None
-        nn.init.zeros_(self.end.bias)
+        self.quieten()
+
+    def quieten(self) -> None:
+        """The last layers of all branches to zero, so that latents pass unchanged until something is learnt."""
+        weights = [self.look.out.weight, self.end.weight, self.end.bias]
+        for block in self.modules():
+            if isinstance(block, _Block):
+                weights += [block.who.weight, block.convs[-1].get_parameter("weight")]
+        for weight in weights:
+            assert weight is not None
+            nn.init.zeros_(weight)
 
     def forward(self, latents: Tensor, picture: Tensor, who: Tensor) -> tuple[Tensor, Tensor]:
         """The clean latents, and the codebook's loss."""
@@ -155,9 +160,11 @@ class Aligner:
     @classmethod
     def fresh(cls, model: Model, dim: int, *, seed: int = 0, **sizes: int) -> Aligner:
         """To be trained; it changes nothing yet. dim: of the embeddings that steer it."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            net = AlignerNet(AlignerSizes(model.latent_channels, dim, factor=model.vae_factor, **sizes))
+        net = AlignerNet(AlignerSizes(model.latent_channels, dim, factor=model.vae_factor, **sizes))
+        generator = torch.Generator().manual_seed(seed)
+        initialise(net, generator)
+        nn.init.normal_(net.codebook.codes, generator=generator)
+        net.quieten()
         return cls(net.to(model.device))
 
     @classmethod
