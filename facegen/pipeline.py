@@ -585,18 +585,18 @@ class Pipeline(ABC, Generic[R]):
 
     @property
     def _hurried(self) -> Path | None:
-        """The model's folder where the fastest way is asked for; None for a model without one."""
-        return self.loaded.assets if self.loaded.loading.speed == "fastest" else None
+        """The model's folder where a fast way is asked for; None for a model without one."""
+        return self.loaded.assets if self.loaded.loading.speed in ("fast", "fastest") else None
 
     def _own_few_steps(self) -> bool:
         """Whether the fastest way is asked for, and the model brings a LoRA for few steps."""
-        folder = self._hurried
+        folder = self._hurried if self.loaded.loading.speed == "fastest" else None
         return folder is not None and (folder / "loras" / f"{few_steps.OWN}.safetensors").is_file()
 
     def _few_steps(self, request: R) -> dict[str, Any]:
         """Scheduler, steps and guidance as a distilled LoRA wants them, where the request has only their defaults.
 
-        Or as the model itself does without one, if the fastest way is asked for.
+        Or as the model itself does without one, if a fast way is asked for.
         """
         found = few_steps.wanted(getattr(request, "loras", {}))
         if found is None and self._hurried is not None:

@@ -78,18 +78,20 @@ def test_the_fastest_way_wears_the_model_s_own(tiny_sd15: Path, tmp_path: Path) 
     save_tensors(lora.tensors(), tmp_path / "loras" / "few.safetensors")
     asked = pipe.resolve(pipe.request(None, {}))
     assert (dict(asked.loras), asked.num_inference_steps, asked.scheduler) == ({"few": 1.0}, 4, "ddim trailing")
-    exact = GeneratePipeline.from_pretrained(tmp_path, device="cpu", dtype="float32")
-    assert exact.resolve(exact.request(None, {})).num_inference_steps == 30
+    for speed in ("exact", "fast"):
+        other = GeneratePipeline.from_pretrained(tmp_path, device="cpu", dtype="float32", speed=speed)
+        assert other.resolve(other.request(None, {})).num_inference_steps == 30
 
 
-def test_a_model_may_take_few_steps_by_itself(tiny_sd15: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("speed", ["fast", "fastest"])
+def test_a_model_may_take_few_steps_by_itself(speed: str, tiny_sd15: Path, tmp_path: Path) -> None:
     from facegen.pipelines.generate import GeneratePipeline
 
     (tmp_path / "pack").mkdir()
     (tmp_path / "base").symlink_to(tiny_sd15)
     said = tmp_path / "few_steps.json"
     said.write_text('{"scheduler": "lcm", "steps": 3, "guidance": 1.0}')
-    pipe = GeneratePipeline.from_pretrained(tmp_path, device="cpu", dtype="float32", speed="fastest")
+    pipe = GeneratePipeline.from_pretrained(tmp_path, device="cpu", dtype="float32", speed=speed)
     asked = pipe.resolve(pipe.request(None, {}))
     assert (asked.scheduler, asked.num_inference_steps, asked.guidance_scale) == ("lcm", 3, 1.0)
     assert pipe.resolve(pipe.request(None, {"num_inference_steps": 9})).num_inference_steps == 9
