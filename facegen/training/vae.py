@@ -120,10 +120,15 @@ class VAEObjective(Objective):
         losses = {"rebuilt": rebuilt, "kl": kl, "color": color}
         loss = rebuilt + settings.kl * settings.latent_channels * kl + settings.color * color
         if self.recogniser is not None:
-            crops = aligned_crops(torch.cat([found, images]), batch[1].repeat(2, 1, 1), self.recogniser.config["size"])
-            losses["face"] = feature_loss(self.recogniser.seen(crops))
+            losses["face"] = self.unlike(self.recogniser, found, images, batch[1])
             loss = loss + settings.face * losses["face"]
         return {"loss": loss, **losses}
+
+    @staticmethod
+    def unlike(recogniser: RecogniserNet, found: Tensor, images: Tensor, points: Tensor) -> Tensor:
+        """How differently the recogniser sees the faces at these points (B, 5, 2), in pictures found and wanted."""
+        crops = aligned_crops(torch.cat([found, images]), points.repeat(2, 1, 1), recogniser.config["size"])
+        return feature_loss(recogniser.seen(crops))
 
     def figures(self) -> dict[str, float]:
         """PSNR in dB over whole held-out pictures (mean of each picture's)."""
@@ -178,8 +183,7 @@ class DecoderObjective(VAEObjective):
         images = (self.rgb[rows].permute(0, 3, 1, 2).float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
         found = cast(Any, self.vae).decode(self.latents[rows].float()).sample.float()
         rebuilt = reconstruction_loss(found, images)
-        crops = aligned_crops(torch.cat([found, images]), points.repeat(2, 1, 1), self.recogniser.config["size"])
-        face = feature_loss(self.recogniser.seen(crops))
+        face = self.unlike(self.recogniser, found, images, points)
         return {"loss": rebuilt + self.settings.decoder_face * face, "rebuilt": rebuilt, "face": face}
 
 
