@@ -16,6 +16,7 @@ from facegen.training.augment import ROUGH, Wear, wear
 from facegen.training.cache import Cache
 from facegen.training.crowds import CROWDED, Crowd, CrowdSettings, crowds
 from facegen.training.loop import Objective
+from facegen.training.muon import muon_groups
 
 # Longer sides of the faces that each (stride, anchor) answers for, in pixels; neighbours share a little.
 RANGES: tuple[tuple[tuple[float, float], ...], ...] = (
@@ -88,14 +89,7 @@ class DetectorObjective(Objective):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Muon moves the kernels between the first layer and the heads."""
-        trained = dict(self.module.named_parameters())
-        inner = [n for n, p in trained.items() if p.ndim > 1 and not n.startswith(_OUTER)]
-        rest = [p for n, p in trained.items() if p.ndim > 1 and n.startswith(_OUTER)]
-        return [
-            {"params": [trained[name] for name in inner], "muon": True},
-            {"params": rest},
-            {"params": [p for p in trained.values() if p.ndim <= 1], "weight_decay": 0.0},
-        ]
+        return muon_groups(self.module, _OUTER)
 
     def batch(self, step: int, generator: torch.Generator) -> dict[str, Tensor]:
         pictures, drawn = crowds(self.cache, self.settings.batch, self.settings.crowd, generator)

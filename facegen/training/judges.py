@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from facegen.face.warp import warp
 from facegen.training.augment import GENTLE, Wear, uniform, wear
 from facegen.training.cache import Cache, shuffled
 from facegen.training.loop import Objective
+from facegen.training.muon import muon_groups
 from facegen.world.facts import UNKNOWN, labels
 from facegen.world.parameters import GLASSES, HATS, Scenes
 
@@ -71,6 +73,10 @@ class AttributeObjective(Objective):
     def __init__(self, net: AttributeJudge, cache: Cache, held_out: Cache | None, settings: JudgeSettings) -> None:
         self.cache, self.held_out, self.settings = cache, held_out, settings
         self.module: AttributeJudge = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Muon moves what lies between the first layer and the answers."""
+        return muon_groups(self.module, ("body.0", "head"))
 
     def batch(self, step: int, generator: torch.Generator) -> dict[str, Tensor]:
         rows = shuffled(len(self.cache), self.settings.batch, step, self.settings.seed)

@@ -66,3 +66,16 @@ class MuonAdamW(torch.optim.AdamW):
         longest = max(len(weight), weight[0].numel())
         weight.mul_(1 - group["lr"] * group["weight_decay"])
         weight.add_(direction, alpha=-group["lr"] * _LENGTH * longest**0.5)
+
+
+def muon_groups(module: torch.nn.Module, outer: tuple[str, ...]) -> list[dict[str, Any]]:
+    """A net's parameter groups: Muon moves its matrices and kernels, but for those whose names begin as in ``outer``.
+
+    These, first layers and heads, AdamW moves; biases and gains too, without decay.
+    """
+    trained = {name: weight for name, weight in module.named_parameters() if weight.requires_grad}
+    return [
+        {"params": [w for n, w in trained.items() if w.ndim > 1 and not n.startswith(outer)], "muon": True},
+        {"params": [w for n, w in trained.items() if w.ndim > 1 and n.startswith(outer)]},
+        {"params": [w for w in trained.values() if w.ndim <= 1], "weight_decay": 0.0},
+    ]
