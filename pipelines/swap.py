@@ -23,9 +23,8 @@ if TYPE_CHECKING:
     from facegen.pipeline import Person
 
 TRAINED, BOTH, ADAPTERS, GUIDANCE = "trained", "both", "adapters", "guidance"
-# They stay in front of the new face. No net here knows hands or cups, nor does the drawn world show any: where one
-# stands before a face, the request's `front` says so.
-OCCLUDERS = ("glasses", "hair", "hat")
+# They stay in front of the new face. Where a hand or a cup is not seen, the request's `front` says where it is.
+OCCLUDERS = ("glasses", "hair", "hat", "front")
 _SURELY = 0.3  # chance from which on a pixel shows one of them: a frame left standing is better than one cut through
 _CHANGE = {TRAINED: 1.0}  # the photo is seen by the net: there is no need to begin with it
 _RIM = 0.03  # of a face's width: how far its edge, where the old skin shines through, belongs to it

@@ -227,12 +227,15 @@ class AttributeJudge(nn.Module):
 
 
 class ParsingNet(nn.Module):
-    """A small U-Net: RGB pictures (B, 3, 128, 128) in [-1, 1] to class logits (B, classes, 128, 128)."""
+    """A small U-Net: RGB pictures (B, 3, 128, 128) in [-1, 1] to class logits (B, classes, 128, 128).
 
-    def __init__(self, classes: int = 20, widths: Sequence[int] = (24, 48, 80, 112)) -> None:
+    With ``detail`` channels, what the U-Net says at half the size is mended at every pixel by what is seen there.
+    """
+
+    def __init__(self, classes: int = 21, widths: Sequence[int] = (24, 48, 80, 112), detail: int = 0) -> None:
         super().__init__()
         a, b, c, d = widths
-        self.config: dict[str, Any] = {"net": "parsing", "classes": classes, "widths": list(widths)}
+        self.config: dict[str, Any] = {"net": "parsing", "classes": classes, "widths": list(widths), "detail": detail}
         self.down1 = nn.Sequential(_conv(3, a, 5, 2), _conv(a, a))  # 64
         self.down2 = PlainBlock(a, b, 2)  # 32
         self.down3 = PlainBlock(b, c, 2)  # 16
@@ -241,6 +244,10 @@ class ParsingNet(nn.Module):
         self.up2 = _conv(c + b, b)
         self.up1 = _conv(b + a, 2 * a)
         self.out = nn.Conv2d(2 * a, 4 * classes, 3, 1, 1)
+        if detail:
+            self.near = _conv(3, detail)  # 128
+            self.mend = nn.Sequential(_conv(detail + a // 2, 2 * detail), nn.Conv2d(2 * detail, classes, 1))
+            nn.init.zeros_(cast(Tensor, self.mend[1].weight))
 
     def forward(self, pictures: Tensor) -> Tensor:
         x1 = self.down1(pictures)
@@ -249,7 +256,11 @@ class ParsingNet(nn.Module):
         x = self.down4(x3)
         for skip, up in ((x3, self.up3), (x2, self.up2), (x1, self.up1)):
             x = up(torch.cat([F.interpolate(x, scale_factor=2.0, mode="nearest"), skip], 1))
-        return F.pixel_shuffle(self.out(x), 2)
+        logits = F.pixel_shuffle(self.out(x), 2)
+        if not self.config["detail"]:
+            return logits
+        mended: Tensor = logits + self.mend(torch.cat([self.near(pictures), F.pixel_shuffle(x, 2)], 1))
+        return mended
 
 
 class DetectorNet(nn.Module):

@@ -31,6 +31,7 @@ from facegen.images import to_tensor
 CLASSES: tuple[str, ...] = (
     "background", "skin", "l_brow", "r_brow", "l_eye", "r_eye", "eye_g", "l_ear", "r_ear", "ear_r", "nose", "mouth",
     "u_lip", "l_lip", "neck", "neck_l", "cloth", "hair", "hat", "beard",
+    "front",
 )  # fmt: skip
 _INNER = ("skin", "l_brow", "r_brow", "l_eye", "r_eye", "nose", "mouth", "u_lip", "l_lip", "beard")
 # What a person calls a part → the net's classes. What stands before the face (glasses, hair, a hand) is not the face.
@@ -52,6 +53,7 @@ REGIONS: Mapping[str, tuple[str, ...]] = {
     "clothes": ("cloth",),
     "person": tuple(name for name in CLASSES if name != "background"),
     "background": ("background",),
+    "front": ("front",),  # a hand, a cup, a cloth: what is held before a face
 }
 SIDE = 128  # pixels; what the net was trained on
 AROUND = 0.75  # the square that is looked at: as much air around the face as the drawings have
@@ -120,7 +122,9 @@ class FaceParser:
         """How probably each pixel of the photo near a face is of one of these classes, (1, H, W); 0 further away."""
         side = cut(photo, square(face.box.tolist(), photo.size, around=AROUND), SIDE)
         chances = self.chances(to_tensor(side.image)[None])[0]
-        return side.back(chances[[CLASSES.index(name) for name in names]].sum(0, keepdim=True))
+        # A net of before the last class was taught sees none of it.
+        wanted = [index for index in map(CLASSES.index, names) if index < len(chances)]
+        return side.back(chances[wanted].sum(0, keepdim=True))
 
     def region(self, photo: Image.Image, faces: Sequence[Detection | Face], name: str) -> Tensor:
         """The mask (1, H, W) of a named part of these faces.

@@ -11,14 +11,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from facegen.errors import WrongRequest
 from facegen.face.networks import network
 from facegen.face.parse import small_net
 from facegen.training.cache import Cache
 from facegen.training.export import export, stem_of
 from facegen.training.loop import Budget, LoopSettings, Objective, planned_steps, run, steps_for, wear_average
 from facegen.training.record import MINI, record
+from facegen.world.shading import PARSING
 
 logger = logging.getLogger(__name__)
 Maker = Callable[[nn.Module, Cache, Cache | None, int], Objective]
@@ -84,7 +86,9 @@ STAGES: Mapping[str, Stage] = {
     "recogniser": Stage({"net": "recogniser"}, _recogniser, replace(_FAST, learning_rate=3e-3, seed=1)),
     "judge": Stage({"net": "judge"}, _judge, replace(_FAST, learning_rate=1.5e-3, seed=2)),
     "attributes": Stage({"net": "attributes"}, _attributes, replace(_FAST, seed=3)),
-    "parsing": Stage({"net": "parsing"}, _parsing, replace(_FAST, seed=4)),
+    "parsing": Stage(
+        {"net": "parsing", "classes": len(PARSING), "detail": 8}, _parsing, replace(_FAST, warmup=100, seed=4)
+    ),
     "detector": Stage({"net": "detector"}, _detector, replace(_FAST, seed=5)),
     "points": Stage({"net": "points"}, _points, replace(_FAST, seed=6)),
     "points68": Stage({"net": "points", "size": 96, "count": 68}, _points68, replace(_FAST, warmup=50, seed=7)),
@@ -101,6 +105,19 @@ class Places:
     assets: Path | None = MINI
 
 
+def take_over(net: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Begin with the weights of an earlier net; what it did not have, such as a last class, keeps its fresh start.
+
+    Raises WrongRequest where they belong to a net of other sizes.
+    """
+    own = net.state_dict()
+    for name, value in weights.items():
+        if name not in own or own[name].shape[1:] != value.shape[1:] or (value.ndim and len(value) > len(own[name])):
+            raise WrongRequest(f"The finished net to begin with is of other sizes ({name}); begin without one.")
+        if value.ndim:
+            own[name][: len(value)] = value
+
+
 def train(name: str, places: Places, budget: Budget, start: Path | None = None) -> dict[str, float]:
     """Train one stage (going on from its folder), export its net and record what was measured.
 
@@ -113,7 +130,7 @@ def train(name: str, places: Places, budget: Budget, start: Path | None = None) 
     torch.manual_seed(stage.settings.seed)
     net = network(stage.net)
     if start is not None and stem_of(name, start).with_suffix(".safetensors").is_file():
-        net.load_state_dict(small_net(stem_of(name, start), f"so {name} cannot go on").state_dict())
+        take_over(net, small_net(stem_of(name, start), f"so {name} cannot go on").state_dict())
     elif start is not None:
         probe = stage.objective(net, cache, None, 1)
         wear_average(probe.module, start, only="net." if isinstance(probe.module, nn.ModuleDict) else "")

@@ -29,6 +29,7 @@ from facegen.world.wear import Material
 PARSING: tuple[str, ...] = (
     "background", "skin", "l_brow", "r_brow", "l_eye", "r_eye", "eye_g", "l_ear", "r_ear", "ear_r", "nose", "mouth",
     "u_lip", "l_lip", "neck", "neck_l", "cloth", "hair", "hat", "beard",
+    "front",  # hands and things before a face: facegen.world.front lays them over finished pictures
 )  # fmt: skip
 CLASS = {name: index for index, name in enumerate(PARSING)}
 

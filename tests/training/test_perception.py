@@ -66,7 +66,8 @@ def test_the_nets_answer_in_the_promised_shapes() -> None:
     assert set(answers) == {*CATEGORIES, *AMOUNTS, *VALUES, *(f"fact.{kind}" for kind in KINDS)}
     assert answers["hair_style"].shape == (2, 13)
     assert answers["yaw"].shape == (2,)
-    assert ParsingNet().eval()(pictures).shape == (2, 20, 128, 128)
+    for detail in (0, 8):
+        assert ParsingNet(detail=detail).eval()(pictures).shape == (2, 21, 128, 128)
     assert KeypointNet().eval()(torch.rand(2, 1, 80, 80)).shape == (2, 5, 2)
     scores, boxes, points = DetectorNet().eval()(torch.rand(2, 3, 64, 96))
     assert [s.shape for s in scores] == [(2, 8 * 12 * 2, 1), (2, 4 * 6 * 2, 1), (2, 2 * 3 * 2, 1)]
