@@ -33,6 +33,13 @@ class Laid(NamedTuple):
     version: tuple[int, int] | None
 
 
+class Held(NamedTuple):
+    """What a packed layer computes with: plain weights, laid ones, or both."""
+
+    plain: nn.Parameter | None
+    laid: Laid | None = None
+
+
 def fits(module: nn.Module, x: Tensor) -> bool:
     """Whether the layer may take oneDNN's path for this input."""
     return (
@@ -52,6 +59,22 @@ class PackedLinear(nn.Linear):
             return super().forward(input)
         return torch.ops.mkldnn._linear_pointwise(input, self.weight, self.bias, "none", [], "")
 
+    def held(self) -> Held:
+        """What it computes with now, for `hold`."""
+        return Held(self._parameters["weight"])
+
+    def hold(self, held: Held) -> None:
+        """Compute with this from now on."""
+        self._parameters["weight"] = held.plain
+
+    def copied(self) -> Tensor:
+        """A copy of its weights, (out, in)."""
+        return self.weight.detach().clone(memory_format=torch.contiguous_format)
+
+    def take(self, weight: Tensor) -> None:
+        """Compute with these frozen weights from now on."""
+        self.weight = nn.Parameter(weight, requires_grad=False)
+
 
 class PackedConv2d(nn.Conv2d):
     """``nn.Conv2d`` through oneDNN, its weights laid out for the first input's size; output channels-last."""
@@ -66,36 +89,62 @@ class PackedConv2d(nn.Conv2d):
         """The weights in oneDNN's layout, which serves inputs of any size; None where this path does not fit."""
         if not fits(self, x):
             return None
-        known: Laid | None = self.__dict__.get("_laid")
-        if known is not None and known.version is None:
+        weight, known = self.held()
+        if weight is None:
             return known
-        weight = self.weight
-        version = (weight.data_ptr(), weight._version)
-        if known is not None and known.version == version:
+        if known is not None and known.version == _version(weight):
             return known
         if self.padding_mode != "zeros" or isinstance(self.padding, str) or weight.dtype != torch.float32:
             return None
-        place = (self.padding, self.stride, self.dilation, self.groups)
-        ordered = torch.ops.mkldnn._reorder_convolution_weight(weight, *place, list(x.shape))
-        kept = weight.requires_grad or not self._returns(ordered, weight)
-        laid = Laid(ordered, self.bias, place, version if kept else None)
-        if not kept:
-            del self._parameters["weight"]
+        self.__dict__["_size"] = list(x.shape)
+        held = self._lay(weight, list(x.shape))
+        self.hold(held)
+        if held.plain is None:
             _given_up(weight.nbytes)
-        self.__dict__["_laid"] = laid
-        return laid
+        return held.laid
 
-    def _returns(self, ordered: Tensor, weight: Tensor) -> bool:
-        """Whether the plain weights could be had back from oneDNN's layout."""
-        return ordered.is_mkldnn and ordered.shape == weight.shape
+    def _lay(self, weight: nn.Parameter, size: list[int]) -> Held:
+        """Weights in oneDNN's layout for an input of this size, alone where the plain ones can be had back from it."""
+        place = (self.padding, self.stride, self.dilation, self.groups)
+        ordered = torch.ops.mkldnn._reorder_convolution_weight(weight, *place, size)
+        if weight.requires_grad or not (ordered.is_mkldnn and ordered.shape == weight.shape):
+            return Held(weight, Laid(ordered, self.bias, place, _version(weight)))
+        return Held(None, Laid(ordered, self.bias, place, None))
 
     def release(self) -> None:
         """Take the plain weights back."""
         laid: Laid | None = self.__dict__.pop("_laid", None)
         if laid is not None and laid.version is None:
-            bias = self._parameters.pop("bias", None)
-            self._parameters["weight"] = nn.Parameter(laid.weight.to_dense(), requires_grad=False)
-            self._parameters["bias"] = bias
+            self.hold(Held(nn.Parameter(laid.weight.to_dense(), requires_grad=False)))
+
+    def held(self) -> Held:
+        """What it computes with now, for `hold`."""
+        return Held(self._parameters.get("weight"), self.__dict__.get("_laid"))
+
+    def hold(self, held: Held) -> None:
+        """Compute with this from now on."""
+        self.__dict__.pop("_laid", None)
+        self._parameters.pop("weight", None)
+        bias = self._parameters.pop("bias", None)
+        if held.plain is not None:
+            self._parameters["weight"] = held.plain
+        self._parameters["bias"] = bias  # behind the weights, as it was
+        if held.laid is not None:
+            self.__dict__["_laid"] = held.laid
+
+    def copied(self) -> Tensor:
+        """A copy of its plain weights, (out, in, h, w)."""
+        plain, laid = self.held()
+        if plain is not None:
+            return plain.detach().clone(memory_format=torch.contiguous_format)
+        assert laid is not None
+        return laid.weight.to_dense()
+
+    def take(self, weight: Tensor) -> None:
+        """Compute with these frozen weights from now on, laid out at once where the input's size is known."""
+        plain = nn.Parameter(weight, requires_grad=False)
+        size: list[int] | None = self.__dict__.get("_size")
+        self.hold(Held(plain) if size is None else self._lay(plain, size))
 
     # --- whoever wants the plain weights ------------------------------------------------------------------------
 
@@ -120,6 +169,10 @@ class PackedConv2d(nn.Conv2d):
     def __getstate__(self) -> dict[str, Any]:
         self.release()
         return self.__dict__.copy()
+
+
+def _version(weight: Tensor) -> tuple[int, int]:
+    return weight.data_ptr(), weight._version
 
 
 _freed = [0]  # bytes of weights given up since the allocator last returned what is free

@@ -44,6 +44,7 @@ from facegen.conditions import (
 )
 from facegen.errors import WrongBaseModel, WrongRequest
 from facegen.models import control
+from facegen.models.folded import folded
 from facegen.models.lora import Worn, fits, wearing
 from facegen.models.packed import is_packed
 
@@ -143,9 +144,10 @@ class Prepared:
 
     def __enter__(self) -> Prepared:
         self._stack.enter_context(self.model.memory.using(*self._acting()))
-        loras = [condition.layers for condition in self.conditions if isinstance(condition, LoraCondition)]
+        loras = [condition for condition in self.conditions if isinstance(condition, LoraCondition)]
         if loras:
-            self._worn = self._stack.enter_context(wearing(self.model.unet, loras))
+            left = self._stack.enter_context(folded(self.model.unet, loras))
+            self._worn = self._stack.enter_context(wearing(self.model.unet, left))
         ahead = [one.layers for one in self.conditions if isinstance(one, TokenCondition) and one.mix == "ahead"]
         if ahead:
             self._states = {}
