@@ -76,6 +76,24 @@ def of_model(folder: Path) -> FewSteps | None:
         ) from error
 
 
+def hurried(
+    speed: str, folder: Path | None, loras: Mapping[str, Any] | None = None
+) -> tuple[Mapping[str, Any], FewSteps | None]:
+    """What a run of this speed wears, and what it wants; None for a run that is as long as it is asked for.
+
+    speed: a name of facegen.economy.PRESETS; folder: of the model's adapters and LoRAs, None for a model without;
+    loras: worn already, None where none can be worn. The fastest way wears the model's own where nothing else is
+    worn, both fast ways take as few steps as the model says. Raises CheckpointBroken.
+    """
+    own = folder if speed in ("fast", "fastest") else None
+    if own is not None and speed == "fastest" and loras is not None and not loras:
+        loras = {OWN: 1.0} if (own / "loras" / f"{OWN}.safetensors").is_file() else {}
+    found = wanted(loras or {})
+    if found is None and own is not None:
+        found = of_model(own)
+    return loras or {}, found
+
+
 def wanted(loras: Mapping[str, Any] | Iterable[str]) -> FewSteps | None:
     """What the first of these LoRAs wants that wants anything; one worn at strength 0 wants nothing."""
     for name in loras:

@@ -44,6 +44,7 @@ from facegen.schedulers import NAMES
 if TYPE_CHECKING:
     import torch
     from PIL import Image
+    from torch import nn
 
     from facegen import metadata
     from facegen.adapter import Adapter, AdapterRequest
@@ -122,6 +123,16 @@ class Loading(Request):
     def packs(self) -> bool:
         """Whether weights are packed: asked for, or nothing lost where the outcome is approximate anyway."""
         return self.packed or self.speed != "exact"
+
+    def quicken(self, walked: Sequence[nn.Module], others: Sequence[nn.Module] = ()) -> None:
+        """Let networks compute as asked for; walked: UNets and ControlNets, which alone are compiled."""
+        from facegen.models.compiled import compile_networks
+        from facegen.models.packed import pack
+
+        if self.packs:
+            pack(*walked, *others)
+        if self.compiled:
+            compile_networks(*walked)
 
     commercial_only: bool = switch(
         False, "Refuse weights that may not be used commercially, and those that work only with such.", advanced=True
@@ -372,8 +383,6 @@ class Pipeline(ABC, Generic[R]):
         from facegen import hub
         from facegen.economy import preset
         from facegen.models.base import Model, locate
-        from facegen.models.compiled import compile_networks
-        from facegen.models.packed import pack
         from facegen.models.tiny import load_tiny
 
         if loading.commercial_only:
@@ -390,10 +399,7 @@ class Pipeline(ABC, Generic[R]):
         model.economy = preset(loading.speed)
         if loading.tiny_vae is not None:
             model.tiny = load_tiny(loading.tiny_vae, model)
-        if loading.packs:
-            pack(model.unet, model.tiny or model.vae, *model.text_encoders().values())
-        if loading.compiled:
-            compile_networks(model.unet)
+        loading.quicken([model.unet], [model.tiny or model.vae, *model.text_encoders().values()])
         return cls(Loaded(model, loading, _weights_checksum(locate(loading.model)), _licence(loading.model)))
 
     @classmethod
@@ -419,18 +425,12 @@ class Pipeline(ABC, Generic[R]):
         is not; NotCommercial for a pipeline that was loaded with commercial_only.
         """
         from facegen import adapter as contract
+        from facegen.models.control import controlnets
 
         source = contract.with_variant(source, variant)
         adapter, path = contract.load(source, self.model, commercial_only=self.loaded.loading.commercial_only)
-        if self.loaded.loading.packs:
-            from facegen.models import packed
-
-            packed.pack(adapter.modules(), adapter.host(self.model).unet)
-        if self.loaded.loading.compiled:
-            from facegen.models.compiled import compile_networks
-            from facegen.models.control import controlnets
-
-            compile_networks(adapter.host(self.model).unet, *controlnets(adapter.modules()))
+        walked = [adapter.host(self.model).unet, *controlnets(adapter.modules())]
+        self.loaded.loading.quicken(walked, [adapter.modules()])
         called = name or adapter.name
         if called in self.loaded.adapters and self.loaded.adapters[called].source != str(source):
             raise WrongRequest(f"An adapter called '{called}' is loaded already; give this one another name.")
@@ -564,13 +564,14 @@ class Pipeline(ABC, Generic[R]):
         """
         known = specs(type(request))
         values: dict[str, Any] = {}
-        if "loras" in known and not getattr(request, "loras", {}) and self._own_few_steps():
-            request = replace(request, **{"loras": {few_steps.OWN: 1.0}})  # noqa: PIE804 (R may lack the field)
+        loras, few = few_steps.hurried(self.loaded.loading.speed, self.loaded.assets, getattr(request, "loras", None))
+        if "loras" in known:
+            request = replace(request, **{"loras": loras})  # noqa: PIE804 (R may lack the field)
         if "seed" in known and getattr(request, "seed", None) is None:
             values["seed"] = secrets.randbelow(2**31)
         if "adapters" in known:
             values["adapters"] = self._resolved_adapters(request)
-        values |= self._few_steps(request)
+        values |= self._few_steps(request, few)
         steps = values.get("num_inference_steps", getattr(request, "num_inference_steps", 1))
         for name, spec in known.items():
             if spec.kind == "strengths":
@@ -583,24 +584,8 @@ class Pipeline(ABC, Generic[R]):
         self.worn_loras(getattr(resolved, "loras", {}))  # a file that cannot be worn is told of now
         return resolved
 
-    @property
-    def _hurried(self) -> Path | None:
-        """The model's folder where a fast way is asked for; None for a model without one."""
-        return self.loaded.assets if self.loaded.loading.speed in ("fast", "fastest") else None
-
-    def _own_few_steps(self) -> bool:
-        """Whether the fastest way is asked for, and the model brings a LoRA for few steps."""
-        folder = self._hurried if self.loaded.loading.speed == "fastest" else None
-        return folder is not None and (folder / "loras" / f"{few_steps.OWN}.safetensors").is_file()
-
-    def _few_steps(self, request: R) -> dict[str, Any]:
-        """Scheduler, steps and guidance as a distilled LoRA wants them, where the request has only their defaults.
-
-        Or as the model itself does without one, if a fast way is asked for.
-        """
-        found = few_steps.wanted(getattr(request, "loras", {}))
-        if found is None and self._hurried is not None:
-            found = few_steps.of_model(self._hurried)
+    def _few_steps(self, request: R, found: few_steps.FewSteps | None) -> dict[str, Any]:
+        """Scheduler, steps and guidance as few steps want them, where the request has only their defaults."""
         if found is None:
             return {}
         known = specs(type(request))
