@@ -18,11 +18,9 @@ import datetime
 import itertools
 import logging
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -32,6 +30,7 @@ from facegen.attention.backends import BACKENDS, Backend, math, sdpa
 from facegen.attention.processor import KeyValue, StreamGroup, mix
 from facegen.attention.segments import Segments, side_by_side
 from facegen.errors import PackageMissing
+from tests.bench.sheet import Sheet
 
 if TYPE_CHECKING:
     from facegen.attention.triton_kernel import Launch
@@ -198,20 +197,18 @@ def far(shape: Shape, dtype: torch.dtype, run: Callable[[int], Tensor], one: Inp
     return float((found - exact).norm() / exact.norm())
 
 
-def table(shapes: tuple[Shape, ...], dtypes: list[torch.dtype], repeats: int) -> str:
+def table(shapes: tuple[Shape, ...], dtypes: list[torch.dtype], repeats: int, sheet: Sheet) -> None:
     """All shapes, precisions and peers in Markdown."""
     bandwidth, rate = ceilings(repeats)
     device = torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU (interpreter: times mean nothing)"
-    lines = [
-        "## Cross-attention with token streams",
-        "",
-        f"{datetime.date.today().isoformat()}, {device}, torch {torch.__version__}; median of {repeats}.",
-        f"Copy {bandwidth / 1e12:.2f} TB/s, matrix product {rate / 1e12:.0f} TFLOP/s.",
-        "",
-        "| shape | dtype | backend | µs | × sdpa | copy | matrix | error |",
-        "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for shape, dtype in itertools.product(shapes, dtypes):
+    sheet.add(
+        "## Cross-attention with token streams\n\n"
+        f"{datetime.date.today().isoformat()}, {device}, torch {torch.__version__}; median of {repeats}.\n"
+        f"Copy {bandwidth / 1e12:.2f} TB/s, matrix product {rate / 1e12:.0f} TFLOP/s.\n\n"
+        "| shape | dtype | backend | µs | × sdpa | copy | matrix | error |\n"
+        "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |\n"
+    )
+    for shape, dtype in sheet.each(list(itertools.product(shapes, dtypes))):
         # Enough sets to be twice the L2 cache of an H200.
         count = min(16, max(1, int(120e6 / shape.traffic(dtype)))) if DEVICE == "cuda" else 1
         sets = [inputs(shape, dtype, seed) for seed in range(count)]
@@ -221,13 +218,12 @@ def table(shapes: tuple[Shape, ...], dtypes: list[torch.dtype], repeats: int) ->
                 error = far(shape, dtype, run, sets[0])
                 seconds = median(run, repeats)
             baseline = baseline or seconds
-            lines.append(
+            sheet.add(
                 f"| {shape.name} | {str(dtype).removeprefix('torch.')} | {name} | {seconds * 1e6:.1f} |"
                 f" {baseline / seconds:.2f} | {shape.traffic(dtype) / seconds / bandwidth:.2f} |"
-                f" {shape.flops / seconds / rate:.2f} | {error:.1e} |"
+                f" {shape.flops / seconds / rate:.2f} | {error:.1e} |\n"
             )
-            logger.info("%s", lines[-1])
-    return "\n".join(lines) + "\n"
+    sheet.add("\n")
 
 
 def both_ways(one: Inputs, backend: Backend) -> Callable[[int], object]:
@@ -246,10 +242,10 @@ def both_ways(one: Inputs, backend: Backend) -> Callable[[int], object]:
     return run
 
 
-def backward(shapes: tuple[Shape, ...], dtype: torch.dtype, repeats: int) -> str:
+def backward(shapes: tuple[Shape, ...], dtype: torch.dtype, repeats: int, sheet: Sheet) -> None:
     """Forward and backward together, as in training; launching included."""
-    lines = ["## Forward and backward", "", "| shape | backend | µs | × sdpa |", "| --- | --- | ---: | ---: |"]
-    for shape in shapes:
+    sheet.add("## Forward and backward\n\n| shape | backend | µs | × sdpa |\n| --- | --- | ---: | ---: |\n")
+    for shape in sheet.each(shapes):
         one = inputs(shape, dtype, 0)
         baseline = 0.0
         for name in ("sdpa", "triton"):
@@ -262,8 +258,8 @@ def backward(shapes: tuple[Shape, ...], dtype: torch.dtype, repeats: int) -> str
                 found.append(time.perf_counter() - begin)
             seconds = statistics.median(found)
             baseline = baseline or seconds
-            lines.append(f"| {shape.name} | {name} | {seconds * 1e6:.1f} | {baseline / seconds:.2f} |")
-    return "\n".join(lines) + "\n"
+            sheet.add(f"| {shape.name} | {name} | {seconds * 1e6:.1f} | {baseline / seconds:.2f} |\n")
+    sheet.add("\n")
 
 
 def launched(sets: list[Inputs], launch: Launch) -> Callable[[int], Tensor]:
@@ -273,19 +269,18 @@ def launched(sets: list[Inputs], launch: Launch) -> Callable[[int], Tensor]:
     return lambda place: fused(sets[place % len(sets)].query, sets[place % len(sets)].segments, launch)
 
 
-def tune(shapes: tuple[Shape, ...], dtype: torch.dtype, repeats: int) -> str:
+def tune(shapes: tuple[Shape, ...], dtype: torch.dtype, repeats: int, sheet: Sheet) -> None:
     """Launches, the best five of the first shape of each head dimension."""
     from facegen.attention.triton_kernel import Launch
 
     choices: list[tuple[int, ...]] = [(64, 128), (32, 64, 128), (16, 32), (4, 8), (1, 2)]
     if DEVICE == "cpu":
         choices = [(16, 32), (16,), (16,), (4,), (1,)]
-    lines = [
-        "| shape | µs | rows | text | tokens | warps | stages |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
+    sheet.add(
+        "| shape | µs | rows | text | tokens | warps | stages |\n| --- | ---: | ---: | ---: | ---: | ---: | ---: |\n"
+    )
     firsts = {shape.d: shape for shape in reversed(shapes)}
-    for shape in firsts.values():
+    for shape in sheet.each(list(firsts.values())):
         sets = [inputs(shape, dtype, seed) for seed in range(4 if DEVICE == "cuda" else 1)]
         found = []
         for values in itertools.product(*choices):
@@ -295,9 +290,8 @@ def tune(shapes: tuple[Shape, ...], dtype: torch.dtype, repeats: int) -> str:
             except Exception as error:  # one that asks too much of the chip is no candidate
                 logger.info("%s %s: %s", shape.name, values, type(error).__name__)
         for seconds, values in sorted(found)[:5]:
-            lines.append(f"| {shape.name} | {seconds * 1e6:.1f} | " + " | ".join(map(str, values)) + " |")
-            logger.info("%s", lines[-1])
-    return "\n".join(lines) + "\n"
+            sheet.add(f"| {shape.name} | {seconds * 1e6:.1f} | " + " | ".join(map(str, values)) + " |\n")
+    sheet.add("\n")
 
 
 def main() -> None:
@@ -308,22 +302,18 @@ def main() -> None:
     parser.add_argument("--backward", action="store_true")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bfloat16"])
     parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--out", type=Path, help="Markdown file to append to; default: standard output")
+    Sheet.flags(parser)
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     shapes = TINY if options.tiny else SHAPES
     dtypes = [DTYPES[name] for name in options.dtypes]
+    sheet = Sheet.of(options)
     if options.tune:
-        text = tune(shapes, dtypes[0], options.repeats)
+        tune(shapes, dtypes[0], options.repeats, sheet)
     elif options.backward:
-        text = backward(shapes, dtypes[0], options.repeats)
+        backward(shapes, dtypes[0], options.repeats, sheet)
     else:
-        text = table(shapes, dtypes, options.repeats)
-    if options.out:
-        with options.out.open("a", encoding="utf-8") as file:
-            file.write(text + "\n")
-    else:
-        sys.stdout.write(text)
+        table(shapes, dtypes, options.repeats, sheet)
 
 
 if __name__ == "__main__":

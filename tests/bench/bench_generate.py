@@ -3,11 +3,15 @@
     python -m tests.bench.bench_generate --model facegen/assets/mini/base --out bench.md
     python -m tests.bench.bench_generate --model random-sdxl --cases text face instantid regions --steps 10
 
-All sides make the picture from the same noise, in turn, so that a busy machine slows all alike. Times are medians;
-`ratio` is the median of diffusers' time over this side's, round by round (above 1: faster than diffusers), and
-`difference` the largest between the latents, over diffusers' largest. Peak memory is measured in a child process for
-each side: CUDA's peak where there is a GPU, else the process's largest resident set, loading included. With random
-models (random, random-sd15, random-sdxl: the true sizes) prompts are given as embeddings.
+All sides make the picture from the same noise, in turn, so that a busy machine slows all alike. Times are medians, of
+whole pictures from the prompt to pixels (--latents: without decoding); `ratio` is the median of diffusers' time over
+this side's, round by round (above 1: faster than diffusers), and `difference` the largest between the pictures, or
+between the latents over diffusers' largest. Peak memory is measured in a child process for each side: CUDA's peak where
+there is a GPU, else the process's largest resident set, loading included. With random models (random, random-sd15,
+random-sdxl: the true sizes) prompts are given as embeddings.
+
+diffusers takes --steps steps, and so does facegen, but for `fast` and `fastest`, which are the command line's --speed:
+as many steps as the model says, with the LoRA that it brings; else as many, with parts left out.
 
 diffusers' side is its ControlNet and IP-Adapter pipeline; InstantID's ControlNet reads the prompt there, and so it does
 here. --clock cpu counts processor time of this process instead of wall time, for machines with other work.
@@ -17,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import logging
 import platform
 import resource
@@ -34,17 +37,20 @@ import torch
 from torch import Tensor
 
 from tests.bench.cases import CASES, SMALL, UNETS, Case, draw, load
+from tests.bench.sheet import Sheet
 
 logger = logging.getLogger("bench_generate")
 
 ROOT = Path(__file__).resolve().parents[2]
-SIDES = ("diffusers", "facegen", "packed", "triton", "compiled", "graphs", "fast", "fastest", "few", "int8", "fp8")
+SIDES = ("diffusers", "facegen", "packed", "triton", "compiled", "graphs", "fast", "fastest", "int8", "fp8")
 SCALE, CONTROL = 0.6, 0.7
 
 
 @dataclass(frozen=True)
 class Setup:
-    """model: a folder or a random model; size: side in pixels, the model's own by default; clock: wall or cpu."""
+    """model: a folder or a random model; size: side in pixels, the model's own by default; clock: wall or cpu; decode:
+    whether pictures are made, or latents.
+    """
 
     model: str
     case: str
@@ -53,6 +59,7 @@ class Setup:
     size: int | None
     guidance: float = 6.0
     clock: str = "wall"
+    decode: bool = True
 
     @property
     def where(self) -> tuple[str, torch.dtype]:
@@ -61,18 +68,20 @@ class Setup:
 
 
 def facegen_side(setup: Setup, case: Case, side: str) -> Callable[[], Tensor]:
-    """A function that makes the pictures' latents with facegen; side: how."""
+    """A function that makes the pictures with facegen; side: how."""
     from facegen.attention.backends import BACKENDS
     from facegen.attention.weights import KV
     from facegen.conditions import Condition, ControlCondition, ReferenceCondition, TextCondition, TokenCondition
     from facegen.denoise import Guidance, denoise
     from facegen.economy import PRESETS
     from facegen.eight_bits import shrink
+    from facegen.few_steps import FewSteps, hurried
     from facegen.memory import MemoryPlan
     from facegen.models.compiled import compile_networks
-    from facegen.models.packed import pack
+    from facegen.models.lora import load_lora
     from facegen.models.sd15 import SD15Model
     from facegen.models.sdxl import SDXLModel
+    from facegen.pipeline import Loading
     from facegen.schedulers import build, start
 
     device, dtype = setup.where
@@ -82,8 +91,9 @@ def facegen_side(setup: Setup, case: Case, side: str) -> Callable[[], Tensor]:
     model = family.from_parts(
         {**parts, **further, "scheduler_config": case.schedule}, MemoryPlan(torch.device(device), dtype)
     )
-    model.economy = PRESETS.get(side, PRESETS["exact"])
-    # The approximations stand on the fastest exact way there is: the fused kernel on a GPU, packed weights on a CPU.
+    speed = side if side in PRESETS else "exact"
+    model.economy = PRESETS[speed]
+    # On a CPU the approximations stand on packed weights, and on a GPU on the fused kernel.
     quickest = device == "cuda" and side in PRESETS
     model.backend = BACKENDS["triton" if quickest else side if side in BACKENDS else "sdpa"]
     people = []
@@ -96,28 +106,31 @@ def facegen_side(setup: Setup, case: Case, side: str) -> Callable[[], Tensor]:
                 kv.to_v.weight.data.copy_(person.weights[f"{layer.index}.to_v_ip.weight"])
                 layers[layer.index] = kv
         people.append((person, layers))
-    if side in ("compiled", "graphs"):
-        mode = "reduce-overhead" if side == "graphs" else None
-        compile_networks(model.unet, *([] if case.net is None else [case.net]), mode=mode)
-        if side == "graphs":
-            _mark_steps(model)
-    elif side == "int8" or side == "fp8":
-        for network in filter(None, (model.unet, case.net, case.text_encoder)):
+    walked = [model.unet, *([] if case.net is None else [case.net])]
+    encoders = [] if case.text_encoder is None else [case.text_encoder]
+    if side == "int8" or side == "fp8":
+        for network in [*walked, *encoders]:
             shrink(network, side)
-    elif device == "cpu" and side not in ("facegen", "triton"):
-        pack(model.unet, *(one for one in (case.net, case.text_encoder) if one is not None))
+    elif side == "graphs":
+        compile_networks(*walked, mode="reduce-overhead")
+        _mark_steps(model)
+    else:
+        loading = Loading(speed=speed, packed=side == "packed", compiled=side == "compiled")
+        loading.quicken(walked, [case.vae, *encoders])
 
-    few = [few_steps(model, Path(setup.model).parent / "loras" / "few.safetensors")] if side == "few" else []
-    kind, steps, scale = ("ddim trailing", 4, 1.0) if few else ("ddim", setup.steps, setup.guidance)
+    folder = None if setup.model in UNETS else Path(setup.model).parent
+    worn, few = hurried(speed, folder, {})
+    few = few or FewSteps("ddim", setup.steps, setup.guidance)
+    loras = [load_lora(f"{folder}/loras/{name}.safetensors", model) for name in worn]
 
     @torch.no_grad()
     def make() -> Tensor:
-        scheduler = build(kind, model.scheduler_config, steps, device=device)
+        scheduler = build(few.scheduler, model.scheduler_config, few.steps, device=device)
         if case.text is None:
             text = model.encode_text(["a face"] * setup.pictures, ["blurry"])
         else:
             text = TextCondition(embeds=case.text, pooled=case.pooled)
-        conditions: list[Condition] = [text, *few]
+        conditions: list[Condition] = [text, *loras]
         for person, layers in people:
             tokens = person.projector(person.embeds.flatten(0, 1)).unflatten(0, (2, -1))
             conditions.append(TokenCondition(tokens=tokens, layers=layers, scale=SCALE, mask=person.mask))
@@ -127,7 +140,9 @@ def facegen_side(setup: Setup, case: Case, side: str) -> Callable[[], Tensor]:
             seen = draw(90 + place, 1, *case.latents.shape[1:]).to(case.latents)
             conditions.append(ReferenceCondition(states=model.reference_states(seen, 0, text)))
         generator = torch.Generator().manual_seed(5)
-        return denoise(model, start(scheduler, case.latents), scheduler, conditions, Guidance(scale), generator)
+        begin = start(scheduler, case.latents)
+        latents = denoise(model, begin, scheduler, conditions, Guidance(few.guidance), generator)
+        return model.decode(latents) if setup.decode else latents
 
     return make
 
@@ -141,18 +156,6 @@ def _mark_steps(model: Any) -> None:
         return predict(*arguments, **more).clone()
 
     model.predict = marked
-
-
-def few_steps(model: Any, file: Path) -> Any:
-    """The model's LoRA for four steps; without one a fresh one that changes nothing, which takes as long."""
-    from facegen.conditions import LoraCondition
-    from facegen.models.lora import load_lora
-    from facegen.training.distil import DistilSettings, LowRankSet
-
-    if file.is_file():
-        return load_lora(file, model)
-    fresh = LowRankSet(model.unet, DistilSettings().rank, torch.Generator().manual_seed(0)).requires_grad_(False)
-    return LoraCondition(layers=fresh.to(model.device, model.dtype).layers())
 
 
 def diffusers_side(setup: Setup, case: Case, side: str) -> Callable[[], Tensor]:
@@ -208,7 +211,7 @@ def diffusers_side(setup: Setup, case: Case, side: str) -> Callable[[], Tensor]:
             height=case.side,
             width=case.side,
             latents=case.latents,
-            output_type="latent",
+            output_type="pt" if setup.decode else "latent",
             **more,
         ).images
 
@@ -245,6 +248,7 @@ def compare(setup: Setup, sides: tuple[str, ...], repeats: int) -> list[dict[str
         for side in sides if place % 2 == 0 else sides[::-1]:
             seconds[side].append(timed(makers[side], setup.clock)[0] / setup.pictures)
     exact = first["diffusers"].float()
+    largest = 1.0 if setup.decode else float(exact.abs().max())
     return [
         {
             **asdict(setup),
@@ -252,7 +256,7 @@ def compare(setup: Setup, sides: tuple[str, ...], repeats: int) -> list[dict[str
             "repeats": repeats,
             "seconds": statistics.median(seconds[side]),
             "ratio": statistics.median(a / b for a, b in zip(seconds["diffusers"], seconds[side], strict=True)),
-            "difference": float((first[side].float() - exact).abs().max() / exact.abs().max()),
+            "difference": float((first[side].float() - exact).abs().max()) / largest,
         }
         for side in sides
     ]
@@ -277,6 +281,7 @@ def peak_in_a_child(setup: Setup, side: str) -> float:
     """The same in a process of its own, so that the sides do not hide one another."""
     arguments = ["--model", setup.model, "--cases", setup.case, "--steps", "2", "--peak-of", side]
     arguments += ["--pictures", str(setup.pictures), *(["--size", str(setup.size)] if setup.size else [])]
+    arguments += [] if setup.decode else ["--latents"]
     run = subprocess.run(
         [sys.executable, "-m", "tests.bench.bench_generate", *arguments],
         cwd=ROOT,
@@ -297,28 +302,36 @@ def machine() -> dict[str, str]:
     return {"date": datetime.date.today().isoformat(), "device": name + threads, "versions": versions}
 
 
-def table(found: list[dict[str, Any]], where: dict[str, str]) -> str:
-    """The results in Markdown."""
-    setup = found[0]
-    lines = [
-        f"## {Path(setup['model']).as_posix()}, {setup['steps']} steps, {setup['pictures']} at a time",
-        "",
-        f"{', '.join(where.values())}; {setup['clock']} time, median of {setup['repeats']}.",
-        "",
-        "| case | side | s per picture | × diffusers | difference | peak MiB |",
-        "| --- | --- | ---: | ---: | ---: | ---: |",
-    ]
+def heading(setup: Setup, repeats: int, where: dict[str, str]) -> str:
+    """What stands above the rows."""
+    return "\n".join(
+        [
+            f"## {Path(setup.model).as_posix()}, {setup.steps} steps, {setup.pictures} at a time",
+            "",
+            f"{', '.join(where.values())}; {setup.clock} time of {'pictures' if setup.decode else 'latents'}, median of"
+            f" {repeats}.",
+            "",
+            "| case | side | s per picture | × diffusers | difference | peak MiB |",
+            "| --- | --- | ---: | ---: | ---: | ---: |",
+            "",
+        ]
+    )
+
+
+def lines(found: list[dict[str, Any]]) -> str:
+    """The rows of a case."""
+    told = []
     for row in found:
         memory = f"{row['peak_mib']:.0f}" if "peak_mib" in row else "–"
-        lines.append(
+        told.append(
             f"| {row['case']} | {row['side']} | {row['seconds']:.3f} | {row['ratio']:.2f} |"
-            f" {row['difference']:.1e} | {memory} |"
+            f" {row['difference']:.1e} | {memory} |\n"
         )
-    return "\n".join(lines) + "\n"
+    return "".join(told)
 
 
 def main() -> None:
-    """Parse, measure, write Markdown, and JSON beside it."""
+    """Parse, measure, write Markdown."""
     own = "triton" if torch.cuda.is_available() else "packed"
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--model", default=SMALL, help=f"a diffusers folder, or {', '.join(UNETS)}")
@@ -329,37 +342,37 @@ def main() -> None:
     parser.add_argument("--size", type=int, help="side in pixels; default: the model's own")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
-    parser.add_argument("--no-memory", action="store_true", help="skip the child processes that measure memory")
-    parser.add_argument("--out", type=Path, help="Markdown file to append to (and .json); default: standard output")
+    parser.add_argument("--latents", action="store_true", help="leave decoding out")
+    parser.add_argument("--memory", nargs="*", choices=CASES, help="cases whose peak memory is measured; default: all")
     parser.add_argument("--peak-of", choices=SIDES, help=argparse.SUPPRESS)
+    Sheet.flags(parser)
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     import diffusers
 
     diffusers.logging.set_verbosity_error()
-    setup = Setup(options.model, options.cases[0], options.steps, options.pictures[0], options.size)
+    setup = Setup(
+        options.model, options.cases[0], options.steps, options.pictures[0], options.size, decode=not options.latents
+    )
     if options.peak_of:
         sys.stdout.write(f"{peak(setup, options.peak_of)}\n")
         return
-    where = machine()
-    for pictures in options.pictures:
-        found: list[dict[str, Any]] = []
-        for case in options.cases:
-            one = replace(setup, case=case, pictures=pictures, clock=options.clock)
-            rows = compare(one, ("diffusers", *options.sides), options.repeats)
-            if not options.no_memory:
-                rows = [{**row, "peak_mib": peak_in_a_child(one, row["side"])} for row in rows]
-            for row in rows:
-                logger.info("%-10s %-10s %.3f s, ratio %.2f", case, row["side"], row["seconds"], row["ratio"])
-            found += rows
-            # Written after each case: a run that is cut short keeps what it has.
-            if options.out:
-                options.out.with_suffix(".json").write_text(json.dumps({"machine": where, "results": found}, indent=2))
-        if options.out:
-            with options.out.open("a", encoding="utf-8") as file:
-                file.write(table(found, where) + "\n")
-        else:
-            sys.stdout.write(table(found, where))
+    sheet, where = Sheet.of(options), machine()
+    weighed = options.cases if options.memory is None else options.memory
+    pieces = [(pictures, case) for pictures in options.pictures for case in options.cases]
+    begun = 0
+    for pictures, case in sheet.each(pieces):
+        one = replace(setup, case=case, pictures=pictures, clock=options.clock)
+        if pictures != begun:
+            sheet.add(("\n" if begun else "") + heading(one, options.repeats, where))
+            begun = pictures
+        rows = compare(one, ("diffusers", *options.sides), options.repeats)
+        for row in rows:
+            logger.info("%-10s %-10s %.3f s, ratio %.2f", case, row["side"], row["seconds"], row["ratio"])
+            if case in weighed:
+                row["peak_mib"] = peak_in_a_child(one, row["side"])
+        sheet.add(lines(rows))
+    sheet.add("\n")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 
 Each line is one change from the plain case (one person of four tokens, one picture, the model's own size), beside
 diffusers' IP-Adapter pipeline on the same weights in the same process. `growth` is a side's time over its own plain
-case. diffusers has no references (extra keys in self-attention): there stands facegen alone.
+case. diffusers has no references (extra keys in self-attention): there stands facegen alone. Decoding is left out.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import logging
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from tests.bench.bench_generate import Setup, diffusers_side, facegen_side, machine, timed
 from tests.bench.cases import SMALL, UNETS, Case, crowd
+from tests.bench.sheet import Sheet
 
 logger = logging.getLogger("bench_growth")
 
@@ -42,8 +42,8 @@ class Growth:
         return ", ".join(said) or "plain"
 
 
-def lines(side: int) -> list[Growth]:
-    """The axes; side: the model's own size in pixels."""
+def axes(side: int) -> list[Growth]:
+    """All lines; side: the model's own size in pixels."""
     plain = Growth()
     return [
         plain,
@@ -79,25 +79,28 @@ def measure(setup: Setup, line: Growth, own: str, repeats: int) -> dict[str, flo
     return {side: statistics.median(values) for side, values in seconds.items()}
 
 
-def table(setup: Setup, found: list[tuple[Growth, dict[str, float]]], own: str, where: dict[str, str]) -> str:
-    """The results in Markdown."""
-    plain = found[0][1]
-    rows = [
-        f"## How cost grows: {setup.model}, {setup.steps} steps",
-        "",
-        f"{', '.join(where.values())}; {setup.clock} time.",
-        "",
-        f"| case | {own}, s per picture | growth | diffusers | growth | × diffusers |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for line, seconds in found:
-        mine, theirs = seconds[own], seconds.get("diffusers")
-        told = f"| {line} | {mine:.3f} | {mine / plain[own]:.2f}"
-        if theirs is None:
-            rows.append(f"{told} | – | – | – |")
-        else:
-            rows.append(f"{told} | {theirs:.3f} | {theirs / plain['diffusers']:.2f} | {theirs / mine:.2f} |")
-    return "\n".join(rows) + "\n"
+def heading(setup: Setup, own: str, where: dict[str, str]) -> str:
+    """What stands above the rows."""
+    return "\n".join(
+        [
+            f"## How cost grows: {setup.model}, {setup.steps} steps",
+            "",
+            f"{', '.join(where.values())}; {setup.clock} time.",
+            "",
+            f"| case | {own}, s per picture | growth | diffusers | growth | × diffusers |",
+            "| --- | ---: | ---: | ---: | ---: | ---: |",
+            "",
+        ]
+    )
+
+
+def row(line: Growth, seconds: dict[str, float], plain: dict[str, float], own: str) -> str:
+    """One line of the table; plain: what the plain case took."""
+    mine, theirs = seconds[own], seconds.get("diffusers")
+    told = f"| {line} | {mine:.3f} | {mine / plain[own]:.2f}"
+    if theirs is None:
+        return f"{told} | – | – | – |\n"
+    return f"{told} | {theirs:.3f} | {theirs / plain['diffusers']:.2f} | {theirs / mine:.2f} |\n"
 
 
 def main() -> None:
@@ -109,23 +112,22 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
-    parser.add_argument("--out", type=Path, help="Markdown file to append to; default: the log")
+    Sheet.flags(parser)
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     diffusers.logging.set_verbosity_error()
     own = "triton" if torch.cuda.is_available() else "packed"
-    setup = Setup(options.model, "face", options.steps, 1, None, clock=options.clock)
+    setup = Setup(options.model, "face", options.steps, 1, None, clock=options.clock, decode=False)
     side = crowd(options.model, (1, 4, 0), 1, None, setup.where).side
-    found = []
-    for line in lines(side):
-        found.append((line, measure(setup, line, own, options.repeats)))
-        logger.info("%s: %s", line, {name: round(value, 3) for name, value in found[-1][1].items()})
-    told = table(setup, found, own, machine())
-    if options.out:
-        with options.out.open("a", encoding="utf-8") as file:
-            file.write(told + "\n")
-    else:
-        logger.info(told)
+    sheet = Sheet.of(options)
+    sheet.add(heading(setup, own, machine()))
+    plain: dict[str, float] = {}
+    for line in sheet.each(axes(side)):
+        seconds = measure(setup, line, own, options.repeats)
+        plain = plain or seconds
+        sheet.add(row(line, seconds, plain, own))
+        logger.info("%s: %s", line, {name: round(value, 3) for name, value in seconds.items()})
+    sheet.add("\n")
 
 
 if __name__ == "__main__":

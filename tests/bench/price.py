@@ -4,9 +4,10 @@
     python -m tests.bench.price --ways exact fast fastest lcm "guidance 0-0.5" "control 0.4" "reuse 3" --people 24
 
 Every way paints the same held-out people from the same noise (`facegen.evaluation.protocol`). A way is a preset
-(exact, fast, fastest), an approximation by itself (guidance FROM-TO, control PART, control-cond, reuse N, steps N;
-lcm N: that scheduler's N steps without guidance; int8, fp8: weights in eight bits; tiny FILE: a tiny decoder), or a
-LoRA for few steps: few for the model's own, or a file.
+(exact, fast, fastest: as the command line's --speed, with the steps and the LoRA that the model brings), an
+approximation by itself (guidance FROM-TO, control PART, control-cond, reuse N, steps N; lcm N: that scheduler's N steps
+without guidance; int8, fp8: weights in eight bits; tiny FILE: a tiny decoder), or a LoRA for few steps: few for the
+model's own, or a file.
 likeness and prompt are the judges'; `unlike` is the mean distance of the pictures to the exact ones' in the features
 of the parsing net, unit-normalised per place and averaged over its stages, as LPIPS does it without learned weights
 (0: the same picture; what other noise does stands in the
@@ -35,13 +36,14 @@ from facegen.errors import WrongRequest
 from facegen.evaluation import protocol
 from facegen.evaluation.judges import load_judges
 from facegen.evaluation.protocol import Plan, Row
-from facegen.few_steps import told_by
-from facegen.models.base import Model
+from facegen.few_steps import FewSteps, hurried, told_by
+from facegen.models.base import Model, locate
 from facegen.models.lora import load_lora
 from facegen.models.packed import pack
 from facegen.models.tiny import load_tiny
 from facegen.world.captions import captions_for
 from facegen.world.sampling import HELD_OUT_FROM, scenes_for
+from tests.bench.sheet import Sheet
 
 logger = logging.getLogger("price")
 OTHER_NOISE = "exact, other noise"
@@ -49,14 +51,16 @@ OTHER_NOISE = "exact, other noise"
 
 @dataclass(frozen=True)
 class Way:
-    """How pictures are made: what is left out, in how many steps (None: the plan's), with which LoRA."""
+    """How pictures are made: what is left out, with which LoRA; few: scheduler, steps and guidance, None: the plan's;
+    steps: another number of them.
+    """
 
     name: str
     economy: Economy = EXACT
+    few: FewSteps | None = None
     steps: int | None = None
     lora: Path | None = None
     seed: int = 0
-    unguided: str | None = None  # the scheduler of a run without guidance
     weights: Weights = "whole"
     tiny: str | None = None
 
@@ -66,7 +70,10 @@ def way(name: str, model: str) -> Way:
     word, _, value = name.partition(" ")
     try:
         if name in PRESETS:
-            return Way(name, PRESETS[name])
+            folder = locate(model).parent
+            worn, few = hurried(name, folder, {})
+            lora = next((folder / "loras" / f"{one}.safetensors" for one in worn), None)
+            return Way(name, PRESETS[name], few=few, lora=lora)
         if name in ("int8", "fp8"):
             return Way(name, weights=name)
         if word == "tiny":
@@ -83,17 +90,15 @@ def way(name: str, model: str) -> Way:
         if word == "steps":
             return Way(name, steps=int(value))
         if word == "lcm" and value:
-            return Way(name, steps=int(value), unguided="lcm")
+            return Way(name, few=FewSteps("lcm", int(value)))
     except ValueError as error:
         raise WrongRequest(f"{name!r} is no way of making pictures: {error}.") from error
-    from facegen.models.base import locate
-
     path = Path(name)
     if not path.exists():
         path = locate(model).parent / "loras" / f"{name}.safetensors"
     if not path.exists():
         raise WrongRequest(f"There is neither a preset nor a LoRA {name!r}.")
-    return Way(name, lora=path)
+    return Way(name, lora=path, few=told_by(path))
 
 
 class Features:
@@ -161,17 +166,12 @@ def measure(plan: Plan, adapter: str, ways: list[Way], tell: Callable[[str], Non
         model.tiny = None if one.tiny is None else load_tiny(one.tiny, model)
         settings = plan
         loras = []
+        if one.few is not None:
+            settings = replace(plan, **vars(one.few))
         if one.steps is not None:
-            settings = replace(plan, steps=one.steps)
-        if one.unguided is not None:
-            settings = replace(settings, guidance=1.0, scheduler=one.unguided)
+            settings = replace(settings, steps=one.steps)
         if one.lora is not None:
             loras = [load_lora(one.lora, model)]
-            wanted = told_by(one.lora)
-            if wanted is not None:
-                settings = replace(
-                    plan, steps=one.steps or wanted.steps, guidance=wanted.guidance, scheduler=wanted.scheduler
-                )
         tally = protocol.Tally(first.judged)
         pictures = []
         host = worn.host(model)
@@ -231,7 +231,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument("--batch", type=int, default=1, help="pictures made at a time")
-    parser.add_argument("--out", type=Path, help="Markdown file to append to; default: the log")
+    parser.add_argument("--out", type=Path, help="Markdown file to append to; default: standard output")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     plan = Plan(
@@ -246,10 +246,7 @@ def main() -> None:
     ways = [way(name, options.model) for name in options.ways]
     ways.append(Way(OTHER_NOISE, seed=500_000))
     told = table(plan, options.adapter, measure(plan, options.adapter, ways))
-    logger.info(told)
-    if options.out:
-        with options.out.open("a", encoding="utf-8") as file:
-            file.write(told + "\n")
+    Sheet(options.out).add(told + "\n")
 
 
 if __name__ == "__main__":

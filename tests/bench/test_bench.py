@@ -7,9 +7,9 @@ import torch
 
 from facegen.economy import PRESETS, Economy
 from facegen.errors import WrongRequest
-from tests.bench.bench_generate import Setup, compare, machine, table
-from tests.bench.bench_growth import Growth, lines, measure
-from tests.bench.bench_growth import table as growth_table
+from facegen.few_steps import FewSteps
+from tests.bench.bench_generate import Setup, compare, heading, lines, machine
+from tests.bench.bench_growth import Growth, axes, measure, row
 from tests.bench.cases import SMALL, SMALL_XL
 from tests.bench.price import Features, unlike, way
 
@@ -22,7 +22,8 @@ def test_every_exact_side_makes_diffusers_picture(model: str, case: str) -> None
     difference = {row["side"]: row["difference"] for row in rows}
     assert difference["facegen"] < 1e-6
     assert difference["packed"] < 1e-4
-    assert table(rows, machine()).count(f"| {case} |") == 3
+    assert lines(rows).count(f"| {case} |") == 3
+    assert model in heading(Setup(model, case, 2, 1, None), 1, machine())
 
 
 def test_growth_is_measured_on_both_sides() -> None:
@@ -30,8 +31,8 @@ def test_growth_is_measured_on_both_sides() -> None:
     plain, crowded, seen = Growth(), Growth(people=2, tokens=8), Growth(references=1)
     found = [(line, measure(setup, line, "facegen", 1)) for line in (plain, crowded, seen)]
     assert [set(seconds) for _, seconds in found] == [{"facegen", "diffusers"}] * 2 + [{"facegen"}]
-    assert growth_table(setup, found, "facegen", machine()).count("| ") > 20
-    assert len(lines(64)) == 11
+    assert all(row(line, seconds, found[0][1], "facegen").count(" |") == 6 for line, seconds in found)
+    assert len(axes(64)) == 11
 
 
 def test_features_tell_pictures_apart() -> None:
@@ -45,7 +46,11 @@ def test_features_tell_pictures_apart() -> None:
 
 
 def test_ways_by_name() -> None:
-    assert way("fast", "mini").economy is PRESETS["fast"]
+    fast, fastest = way("fast", "mini"), way("fastest", "mini")
+    assert fast.economy is PRESETS["fast"]
+    assert (fast.lora, fast.few) == (None, FewSteps("model", 5, 3.0))
+    assert fastest.lora is not None
+    assert (fastest.lora.name, fastest.few) == ("few.safetensors", FewSteps("ddim trailing", 4))
     assert way("guidance 0-0.5", "mini").economy == Economy(guidance=(0.0, 0.5))
     assert way("control-cond", "mini").economy == Economy(control_both=False)
     assert way("steps 8", "mini").steps == 8
