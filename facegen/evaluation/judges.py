@@ -72,16 +72,7 @@ class Judges:
     @torch.no_grad()
     def points(self, images: Tensor, threshold: float = 0.3) -> tuple[Tensor, Tensor]:
         """The five points (B, 5, 2), in pixels, of the most face-like face, and whether there is one at all, (B,)."""
-        pictures = (_resized(images.to(self.device)) * 255 - 127.5) / 128
-        scores, _, offsets = (torch.cat(part, 1).float() for part in self.detector(pictures))
-        places = torch.cat([_centres(SIDE // stride, stride) for stride in STRIDES]).to(self.device)  # (N, 3)
-        best = scores[..., 0].argmax(1)
-        chosen = offsets[torch.arange(len(best)), best].view(-1, 5, 2)
-        found = scores[torch.arange(len(best)), best, 0].sigmoid() > threshold
-        points = places[best, None, :2] + chosen * places[best, None, 2:]
-        height, width = images.shape[-2:]
-        ratio = torch.tensor([width / SIDE, height / SIDE], device=self.device)
-        return (points + 0.5) * ratio - 0.5, found
+        return strongest(self.detector, images.to(self.device), threshold)
 
     @torch.no_grad()
     def embed(self, images: Tensor, points: Tensor | None = None) -> Tensor:
@@ -146,6 +137,21 @@ class Judges:
         return Judges(
             cast(JudgeNet, a), cast(AttributeJudge, b), cast(ParsingNet, c), cast(DetectorNet, d), self.same_person
         )
+
+
+def strongest(detector: DetectorNet, images: Tensor, threshold: float = 0.3) -> tuple[Tensor, Tensor]:
+    """The five points (B, 5, 2), in pixels, of the most face-like face of pictures (B, 3, H, W) in [0, 1], and whether
+    there is one at all, (B,)."""
+    pictures = (_resized(images) * 255 - 127.5) / 128
+    scores, _, offsets = (torch.cat(part, 1).float() for part in detector(pictures))
+    places = torch.cat([_centres(SIDE // stride, stride) for stride in STRIDES]).to(images.device)  # (N, 3)
+    best = scores[..., 0].argmax(1)
+    chosen = offsets[torch.arange(len(best)), best].view(-1, 5, 2)
+    found = scores[torch.arange(len(best)), best, 0].sigmoid() > threshold
+    points = places[best, None, :2] + chosen * places[best, None, 2:]
+    height, width = images.shape[-2:]
+    ratio = torch.tensor([width / SIDE, height / SIDE], device=images.device)
+    return (points + 0.5) * ratio - 0.5, found
 
 
 def load_judges(assets: Path = ASSETS) -> Judges:

@@ -36,15 +36,16 @@ def folded(network: nn.Module, loras: Sequence[LoraCondition]) -> Iterator[Seque
     layers = {name: layer for name in additions if (layer := _packed(network.get_submodule(name))) is not None}
     if torch.is_grad_enabled() or sum(map(_bytes, layers.values())) > LARGEST:
         layers = {}
-    with ExitStack() as stack, torch.no_grad():
-        for name, layer in layers.items():
-            weight = layer.copied()
-            rows = weight.view(len(weight), -1)
-            for place, strength in additions[name]:
-                low = left[place].pop(name)
-                rows.addmm_(low.up.to(rows).flatten(1), low.down.to(rows).flatten(1), alpha=low.gain * strength)
-            stack.callback(layer.hold, layer.held())
-            layer.take(weight)
+    with ExitStack() as stack:
+        with torch.no_grad():  # not longer: what runs inside may want gradients of the LoRAs that are left
+            for name, layer in layers.items():
+                weight = layer.copied()
+                rows = weight.view(len(weight), -1)
+                for place, strength in additions[name]:
+                    low = left[place].pop(name)
+                    rows.addmm_(low.up.to(rows).flatten(1), low.down.to(rows).flatten(1), alpha=low.gain * strength)
+                stack.callback(layer.hold, layer.held())
+                layer.take(weight)
         yield left
 
 

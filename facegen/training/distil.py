@@ -9,9 +9,8 @@ its share of the batches, so that the LoRA serves them all. The file is written 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,12 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from facegen.attention.backends import for_training
 from facegen.conditions import Condition, LoraCondition, LowRankWeights
 from facegen.models.norms import quicken
 from facegen.training.loop import Budget, LoopSettings, Objective, run
 from facegen.training.reader import disobedience
 from facegen.training.record import record
+from facegen.training.walks import LEVELS, Velocity, guided, plain, rows_of, unasked, walk
 
 if TYPE_CHECKING:
     from facegen.training.diffusion import Batch, DiffusionObjective
@@ -33,13 +32,11 @@ if TYPE_CHECKING:
 STEPS = 1000
 SETTINGS = LoopSettings(learning_rate=1e-3, warmup=30, weight_decay=0.0, average=0.99, bfloat16=True, seed=14)
 FILE = Path("loras") / "few.safetensors"
-_LEVELS = 1000
 # The layers that the published LCM-LoRAs change.
 _CHANGED = (
     "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2",
     "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj",
 )  # fmt: skip
-Velocity = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -120,15 +117,6 @@ def nearest(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return new_down.view(rank, *down.shape[1:]), new_up.view(up.shape[0], rank, *up.shape[2:])
 
 
-@dataclass(frozen=True, eq=False)
-class Place:
-    """Where a walk comes by: noisy latents (B, C, h, w), their timesteps (B,), and the velocity found there."""
-
-    noisy: Tensor
-    steps: Tensor
-    found: Tensor
-
-
 class DistilObjective(Objective):
     """The student says by itself what the guided teacher says, at the places of a short walk; only the LoRA learns."""
 
@@ -150,19 +138,19 @@ class DistilObjective(Objective):
         settings = self.settings
         roll = torch.rand(3, generator=generator, device=generator.device).tolist()
         count = settings.walks[int(roll[0] * len(settings.walks))]
-        few = _rows(batch, torch.arange(len(batch.latents) // count))
-        begin = _LEVELS if roll[1] >= settings.drawn else int(_LEVELS * (0.3 + 0.7 * roll[1] / settings.drawn))
+        few = rows_of(batch, torch.arange(len(batch.latents) // count))
+        begin = LEVELS if roll[1] >= settings.drawn else int(LEVELS * (0.3 + 0.7 * roll[1] / settings.drawn))
         noise = torch.randn(few.latents.shape, generator=generator, device=generator.device)
         first = self.velocity.noisy(few.latents, noise, torch.full((len(noise),), begin - 1))
         with torch.no_grad():
             anew = generator if roll[2] < settings.fresh else None
-            places, _ = self.walk(self.taught(few), first, begin, count, anew)
+            places, _ = walk(self.taught(few), self.velocity, first, begin, count, anew)
         rows = torch.arange(len(noise)).repeat(count)
         noisy, steps, target = (
             torch.cat([getattr(place, name) for place in places]) for name in ("noisy", "steps", "found")
         )
         noisy = noisy.contiguous(memory_format=torch.channels_last)
-        all_rows = _rows(few, rows)
+        all_rows = rows_of(few, rows)
         found = self.student(self.teaching.conditions(all_rows))(noisy, steps)
         gap = (all_rows.weights * (found - target).square().mean(1)).mean()
         losses = {"loss": gap, "gap": gap.detach(), f"gap_{batch.way}": gap.detach()}
@@ -172,55 +160,15 @@ class DistilObjective(Objective):
             losses |= {"unlike": unlike.detach(), "amiss": amiss.detach()}
         return losses
 
-    def walk(
-        self, velocity: Velocity, noisy: Tensor, begin: int, count: int, anew: torch.Generator | None = None
-    ) -> tuple[list[Place], Tensor]:
-        """The places of `count` even steps from level `begin` (in 1 to 1000) on, and the clean latents at the end.
-
-        anew: draws new noise between the steps; None keeps what is left of the noise (DDIM).
-        """
-        places = []
-        clean = noisy
-        levels = [begin * (count - place) // count - 1 for place in range(count + 1)]
-        for level, after in pairwise(levels):
-            steps = torch.full((len(noisy),), level)
-            found = velocity(noisy, steps)
-            places.append(Place(noisy, steps, found))
-            clean = self.velocity.clean(found, noisy, steps)[0]
-            if after < 0:
-                break
-            signal, rest = self.velocity.levels(steps, noisy)
-            noise = rest * noisy + signal * found
-            if anew is not None:
-                noise = torch.randn(noise.shape, generator=anew, device=noise.device)
-            noisy = self.velocity.noisy(clean, noise, torch.full((len(noisy),), after))
-            noisy = noisy.contiguous(memory_format=torch.channels_last)
-        return places, clean
-
     def student(self, asked: Sequence[Condition]) -> Velocity:
         """What the model with the LoRA says, without guidance."""
         lora = LoraCondition(layers=self.module.layers())  # type: ignore[operator]
-        return self.plain([*asked, lora])
-
-    def plain(self, asked: Sequence[Condition]) -> Velocity:
-        """What the model says by itself, without guidance."""
-        return lambda noisy, steps: self._predicted(asked, noisy, steps)
+        return plain(self.model, [*asked, lora])
 
     def taught(self, batch: Batch) -> Velocity:
         """What the model says by itself with guidance."""
-        blank = replace(batch, prompts=[""] * len(batch.prompts), embeddings=torch.zeros_like(batch.embeddings))
-        with_all, without = self.teaching.conditions(batch), self.teaching.conditions(blank)
-
-        def guided(noisy: Tensor, steps: Tensor) -> Tensor:
-            low = self._predicted(without, noisy, steps)
-            return low + self.settings.guidance * (self._predicted(with_all, noisy, steps) - low)
-
-        return guided
-
-    def _predicted(self, conditions: Sequence[Condition], noisy: Tensor, steps: Tensor) -> Tensor:
-        backend = for_training(noisy.device)
-        with self.model.prepare(conditions, len(noisy), guidance=False, backend=backend) as prepared:
-            return self.model.predict(noisy, steps, prepared.throughout()).float()
+        with_all = plain(self.model, self.teaching.conditions(batch))
+        return guided(with_all, unasked(self.teaching, batch), self.settings.guidance)
 
     def _read(self, batch: Batch, clean: Tensor, certain: Tensor) -> tuple[Tensor, Tensor]:
         """How unlike the person asked for, and how far from the prompt, clean latents are; the certain ones count."""
@@ -246,8 +194,8 @@ class DistilObjective(Objective):
         batch = self.teaching._gather(held_out, rows, way, generator)
         asked = self.teaching.conditions(batch)
         noise = torch.randn(batch.latents.shape, generator=generator)
-        sides = {"with": self.student(asked), "without": self.plain(asked), "teacher": self.taught(batch)}
-        ends = {name: self.walk(side, noise, _LEVELS, 4)[1] for name, side in sides.items()}
+        sides = {"with": self.student(asked), "without": plain(self.model, asked), "teacher": self.taught(batch)}
+        ends = {name: walk(side, self.velocity, noise, LEVELS, 4)[1] for name, side in sides.items()}
         found = {
             f"held_out_{name}": float((end - ends["teacher"]).square().mean())
             for name, end in ends.items()
@@ -258,20 +206,6 @@ class DistilObjective(Objective):
                 unlike, amiss = self._read(batch, end, torch.ones(len(end)))
                 found |= {f"unlike_{name}": float(unlike), f"amiss_{name}": float(amiss)}
         return {name: round(value, 4) for name, value in found.items()}
-
-
-def _rows(batch: Batch, rows: Tensor) -> Batch:
-    """These rows of a batch, each as often as it is named."""
-    return replace(
-        batch,
-        latents=batch.latents[rows],
-        prompts=[batch.prompts[row] for row in rows.tolist()],
-        embeddings=batch.embeddings[rows],
-        control=None if batch.control is None else batch.control[rows],
-        who=batch.who[rows],
-        wanted=batch.wanted[rows],
-        weights=batch.weights[rows],
-    )
 
 
 def train_distil(shop: Workshop) -> None:

@@ -46,7 +46,9 @@ STEPS: Mapping[str, int] = {
     "reader": 6000,
     "words": 6000,
     "diffusion": 40000,
+    "reward": 4000,
     "instantid": 20000,
+    "instantid reward": 2000,
 }
 
 PERCEPTION = ("recogniser", "judge", "attributes", "parsing", "detector", "points")
@@ -58,6 +60,7 @@ WORDS_SETTINGS = LoopSettings(learning_rate=1e-3, weight_decay=0.01, bfloat16=Tr
 DIFFUSION_SETTINGS = LoopSettings(
     learning_rate=8e-4, warmup=150, weight_decay=0.01, average=0.998, bfloat16=True, seed=7
 )
+REWARD_SETTINGS = replace(DIFFUSION_SETTINGS, learning_rate=5e-4, warmup=40, average=0.99, seed=41)
 
 
 @dataclass(frozen=True)
@@ -199,8 +202,8 @@ def _instantid_objective(shop: Workshop) -> DiffusionObjective:
     from facegen.training.diffusion import DiffusionObjective, new_adapters
 
     before = _diffusion_objective(shop)
-    if shop.start is None:
-        wear_average(before.module, shop.work / "diffusion")
+    if shop.start is None or (shop.work / "diffusion" / STATE).exists():
+        wear_average(before.module, _last(shop, "diffusion"))
     settings = replace(before.settings, ways={"instantid": 1.0}, base=False)
     adapters = new_adapters(before.model, before.lessons.embeddings.shape[1], settings)
     return DiffusionObjective(before.model, adapters, before.lessons, settings, before.held_out, before.reader)
@@ -275,22 +278,50 @@ def train_diffusion(shop: Workshop) -> None:
     record("diffusion", measured, shop.output / "mini.json")
 
 
+def train_reward(shop: Workshop) -> None:
+    """Text encoder, UNet and the adapters that learn with it go on, rewarded for their own pictures; then written."""
+    objective = _diffusion_objective(shop)
+    if shop.start is None or (shop.work / "diffusion" / STATE).exists():
+        wear_average(objective.module, shop.work / "diffusion")
+    _rewarded(objective, shop, "reward")
+
+
 def train_instantid(shop: Workshop) -> None:
-    """InstantID, the base model staying as it is; then written."""
+    """InstantID, the base model staying as it is: its lessons, then the reward of its own pictures; then written."""
     objective = _instantid_objective(shop)
     measured = run(objective, shop.work / "instantid", Budget(shop.steps("instantid")), DIFFUSION_SETTINGS)
-    _write(objective, shop)
     record("instantid", measured, shop.output / "mini.json")
+    _rewarded(objective, shop, "instantid reward")
+
+
+def _rewarded(objective: DiffusionObjective, shop: Workshop, stage: str) -> None:
+    from facegen.evaluation.judges import load_network
+    from facegen.face.networks import DetectorNet
+    from facegen.training.reward import RewardObjective, RewardSettings
+
+    detector = cast("DetectorNet", load_network(shop.output / "pack" / "det"))
+    settings = RewardSettings()
+    objective.settings = replace(objective.settings, batch=settings.lessons)
+    reward = RewardObjective(objective, _recogniser(shop), detector, settings)
+    measured = run(reward, shop.work / stage, Budget(shop.steps(stage)), REWARD_SETTINGS)
+    _write(objective, shop)
+    record(stage, measured, shop.output / "mini.json")
+
+
+def _last(shop: Workshop, stage: str) -> Path:
+    """Where the weights of a stage stand: with the reward that followed it, if it has begun."""
+    reward = shop.work / {"diffusion": "reward", "instantid": "instantid reward"}[stage]
+    return reward if (reward / STATE).exists() else shop.work / stage
 
 
 def write_model(shop: Workshop) -> None:
     """The model as it is so far: the averaged weights of the last checkpoints, in their official formats."""
     objective = _diffusion_objective(shop)
-    wear_average(objective.module, shop.work / "diffusion")
+    wear_average(objective.module, _last(shop, "diffusion"))
     _write(objective, shop)
     if (shop.work / "instantid" / STATE).exists():
         objective = _instantid_objective(shop)
-        wear_average(objective.module, shop.work / "instantid")
+        wear_average(objective.module, _last(shop, "instantid"))
         _write(objective, shop)
 
 
@@ -351,6 +382,7 @@ STAGES: Mapping[str, Callable[[Workshop], None]] = {
     "reader": train_reader,
     "words": train_words,
     "diffusion": train_diffusion,
+    "reward": train_reward,
     "instantid": train_instantid,
 }
 EXTRA: Mapping[str, Callable[[Workshop], None]] = {

@@ -60,11 +60,15 @@ class DenoisingObjective(Objective):
     ) -> tuple[Tensor, Tensor]:
         """The model's velocity of the latents (B, C, h, w) at timesteps (B,), and the noisy latents."""
         noisy = self.velocity.noisy(latents, noise, timesteps).contiguous(memory_format=torch.channels_last)
+        return self.answered(conditions, noisy, timesteps), noisy
+
+    def answered(self, conditions: Callable[[], Sequence[Condition]], noisy: Tensor, timesteps: Tensor) -> Tensor:
+        """The model's velocity of noisy latents (B, C, h, w) at timesteps (B,)."""
         # The text encoder's attention is PyTorch's: on a CPU, its plain form.
         with sdpa_kernel([SDPBackend.MATH] if noisy.device.type == "cpu" else _ALL_KERNELS):
             backend = for_training(noisy.device)
-            prepared = self.model.prepare(conditions(), len(latents), guidance=False, backend=backend)
-            return self.model.predict(noisy, timesteps, prepared.throughout()), noisy
+            prepared = self.model.prepare(conditions(), len(noisy), guidance=False, backend=backend)
+            return self.model.predict(noisy, timesteps, prepared.throughout())
 
 
 def noise_levels(count: int, generator: torch.Generator, even: float = 0.25) -> Tensor:

@@ -1,0 +1,82 @@
+"""The reward of a model's own pictures: gradients come through decoder and recogniser, and the lessons go on beside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from facegen.face.networks import DetectorNet, RecogniserNet
+from facegen.training.cache import Cache
+from facegen.training.diffusion import DiffusionObjective, DiffusionSettings, Lessons, new_adapters, new_model
+from facegen.training.reward import RewardObjective, RewardSettings
+from facegen.training.vae import VAESettings, new_vae
+
+SIZES = DiffusionSettings(
+    channels=(32, 64), text_width=128, text_layers=1, queries=2, resampler_depth=1, rank=2, batch=6,
+    ways={"prompt": 0.5, "ip_adapter_faceid": 0.5},
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def objective(draw_cache: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> RewardObjective:
+    from facegen.world.tokenizer import build_tokenizer
+
+    pictures = Cache(draw_cache(tmp_path_factory.mktemp("pictures"), people=3, pictures=3))
+    generator = torch.Generator().manual_seed(1)
+    latents = torch.randn(len(pictures), 4, 16, 16, generator=generator).half()
+    lessons = Lessons(pictures, latents, torch.randn(len(pictures), 128, generator=generator))
+    torch.manual_seed(0)
+    vae = new_vae(VAESettings(channels=(16, 16, 32, 32), latent_channels=4)).requires_grad_(False)
+    model = new_model(vae, build_tokenizer(tmp_path_factory.mktemp("tokenizer")), SIZES)
+    teaching = DiffusionObjective(model, new_adapters(model, 128, SIZES), lessons, SIZES)
+    recogniser = RecogniserNet(widths=(8, 8, 16)).eval().requires_grad_(False)
+    detector = DetectorNet(widths=(4, 4, 8, 8, 8), neck=8).eval().requires_grad_(False)
+    torch.nn.init.constant_(
+        detector.score.bias, 4.0
+    )  # an untrained detector sees no faces; this one sees them anywhere
+    return RewardObjective(teaching, recogniser, detector, RewardSettings(painted=3, walks=(2,), guidance=2.0))
+
+
+def _batch(objective: RewardObjective, way: str) -> object:
+    generator = torch.Generator().manual_seed(2)
+    return objective.teaching._gather(objective.teaching.lessons, torch.arange(6), way, generator)
+
+
+@pytest.mark.parametrize("way", ["prompt", "ip_adapter_faceid"])
+def test_the_reward_alone_teaches_to_paint_the_person(objective: RewardObjective, way: str) -> None:
+    some = objective._chosen(_batch(objective, way))  # type: ignore[arg-type]
+    assert 1 <= len(some.latents) <= 3
+    before = {name: value.clone() for name, value in objective.module.state_dict().items()}
+    optimizer = torch.optim.AdamW(objective.module.parameters(), lr=1e-3)
+    said = []
+    for _ in range(5):
+        unlike, _ = objective.reward(some, torch.Generator().manual_seed(4))
+        optimizer.zero_grad()
+        unlike.backward()
+        optimizer.step()
+        said.append(float(unlike.detach()))
+    assert said[-1] < said[0]
+    assert all(p.grad is None for p in objective.recogniser.parameters())
+    objective.module.load_state_dict(before)
+
+
+def test_the_lessons_go_on_beside_it(objective: RewardObjective) -> None:
+    batch = _batch(objective, "ip_adapter_faceid")
+    generator = torch.Generator().manual_seed(5)
+    lesson = objective.teaching.loss(batch, 0, generator)  # type: ignore[arg-type]
+    both = objective.loss(batch, 0, torch.Generator().manual_seed(5))  # type: ignore[arg-type]
+    assert both["loss_ip_adapter_faceid"] == lesson["loss_ip_adapter_faceid"]
+    gap = float(both["loss"].detach() - lesson["loss"].detach())
+    assert gap == pytest.approx(objective.settings.likeness * float(both["painted_ip_adapter_faceid"]), rel=1e-4)
+
+
+def test_without_anybody_asked_for_there_is_the_lesson_alone(objective: RewardObjective) -> None:
+    batch = _batch(objective, "prompt")
+    nobody = replace(batch, who=torch.zeros(6, 128), embeddings=torch.zeros(6, 128))  # type: ignore[type-var]
+    lesson = objective.teaching.loss(nobody, 0, torch.Generator().manual_seed(5))
+    both = objective.loss(nobody, 0, torch.Generator().manual_seed(5))
+    assert both["loss"] == lesson["loss"]
