@@ -372,10 +372,10 @@ def run(
     return measured
 
 
-def wear_average(module: nn.Module, folder: Path, only: str = "") -> None:
+def wear_average(module: nn.Module, folder: Path, only: str | tuple[str, ...] = "") -> None:
     """Give ``module`` the averaged weights of a checkpoint (its plain ones where there is no average).
 
-    With ``only``, a prefix of names, the rest keeps its values.
+    With ``only``, prefixes of names, the rest keeps its values.
     """
     tensors = load_tensors(folder / STATE).tensors
     found = under_prefix("module.", tensors) | under_prefix("average.", tensors)

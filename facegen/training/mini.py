@@ -203,7 +203,7 @@ def _instantid_objective(shop: Workshop) -> DiffusionObjective:
 
     before = _diffusion_objective(shop)
     if shop.start is None or (shop.work / "diffusion" / STATE).exists():
-        wear_average(before.module, _last(shop, "diffusion"))
+        _wear_last(before, shop, "diffusion")
     settings = replace(before.settings, ways={"instantid": 1.0}, base=False)
     adapters = new_adapters(before.model, before.lessons.embeddings.shape[1], settings)
     return DiffusionObjective(before.model, adapters, before.lessons, settings, before.held_out, before.reader)
@@ -308,20 +308,22 @@ def _rewarded(objective: DiffusionObjective, shop: Workshop, stage: str) -> None
     record(stage, measured, shop.output / "mini.json")
 
 
-def _last(shop: Workshop, stage: str) -> Path:
-    """Where the weights of a stage stand: with the reward that followed it, if it has begun."""
+def _wear_last(objective: DiffusionObjective, shop: Workshop, stage: str) -> None:
+    """The averaged weights of a stage, or of the reward that followed it, if that has begun."""
     reward = shop.work / {"diffusion": "reward", "instantid": "instantid reward"}[stage]
-    return reward if (reward / STATE).exists() else shop.work / stage
+    folder = reward if (reward / STATE).exists() else shop.work / stage
+    # Not the reward's critic.
+    wear_average(objective.module, folder, only=tuple(f"{name}." for name, _ in objective.module.named_children()))
 
 
 def write_model(shop: Workshop) -> None:
     """The model as it is so far: the averaged weights of the last checkpoints, in their official formats."""
     objective = _diffusion_objective(shop)
-    wear_average(objective.module, _last(shop, "diffusion"))
+    _wear_last(objective, shop, "diffusion")
     _write(objective, shop)
     if (shop.work / "instantid" / STATE).exists():
         objective = _instantid_objective(shop)
-        wear_average(objective.module, _last(shop, "instantid"))
+        _wear_last(objective, shop, "instantid")
         _write(objective, shop)
 
 

@@ -4,19 +4,21 @@ The long lesson shows noised pictures, in which the right face is there already.
 few guided steps; at one of the places that it comes by, its estimate is decoded, the face aligned, and the recogniser's
 cosine to the person asked for is the reward, through which gradients reach the weights in that one step (ReFL, Xu et
 al., arXiv 2304.05977; an accurate identity loss on pictures of a few steps: PuLID, Guo et al., arXiv 2404.16022). The
-long lesson goes on beside it, in each step, so that what pleases the recogniser stays a picture of this world. The
-judges of the evaluation are other nets.
+long lesson goes on beside it, in each step, so that what pleases the recogniser stays a picture of this world. A critic
+learns beside to tell what is painted from latents of true pictures, and its opinion of a walk's last place is a reward
+too (hinge loss, Lim & Ye, arXiv 1705.02894; on a few steps of diffusion: Sauer et al., arXiv 2311.17042): a squared
+error alone leaves hair and grounds in a haze. The judges of the evaluation are other nets.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from facegen.face.networks import DetectorNet, RecogniserNet
 from facegen.face.warp import aligned_crops
@@ -35,7 +37,9 @@ class RewardSettings:
 
     walks: how many steps a walk may have; guidance: theirs.
     likeness, obedience: weights of how unlike the person the recogniser finds the estimate, and of how far from the
-    prompt the reader of latents finds it.
+    prompt the reader of latents finds it; look: of how untrue the critic finds what comes of it.
+    last: share of the rewards that are given at the walk's last place, where the estimate is the finished picture.
+    haze: noise that the critic looks through, so that it sees no more than eyes would.
     """
 
     lessons: int = 16
@@ -44,6 +48,28 @@ class RewardSettings:
     guidance: float = 3.0
     likeness: float = 1.0
     obedience: float = 0.2
+    look: float = 0.1
+    last: float = 0.5
+    haze: float = 0.1
+
+
+class Critic(nn.Module):
+    """Latents (B, C, h, w) to an opinion of each part, (B, 1, h/4, w/4): above 0 true, below painted (Isola 2017)."""
+
+    def __init__(self, channels: int, widths: tuple[int, int, int] = (64, 128, 192)) -> None:
+        super().__init__()
+        a, b, c = widths
+        self.body = nn.Sequential(
+            nn.Conv2d(channels, a, 3, 1, 1), nn.LeakyReLU(0.2),
+            nn.Conv2d(a, b, 3, 2, 1), nn.LeakyReLU(0.2),
+            nn.Conv2d(b, b, 3, 1, 1), nn.LeakyReLU(0.2),
+            nn.Conv2d(b, c, 3, 2, 1), nn.LeakyReLU(0.2),
+            nn.Conv2d(c, 1, 1),
+        )  # fmt: skip
+
+    def forward(self, latents: Tensor) -> Tensor:
+        opinion: Tensor = self.body(latents)
+        return opinion.float()
 
 
 class RewardObjective(Objective):
@@ -60,12 +86,14 @@ class RewardObjective(Objective):
     ) -> None:
         from facegen.evaluation.judges import strongest
 
-        self.teaching, self.settings, self.module = teaching, settings, teaching.module
+        self.teaching, self.settings = teaching, settings
+        self.critic = Critic(teaching.lessons.latents.shape[1])
+        self.module = nn.ModuleDict({**cast(nn.ModuleDict, teaching.module), "critic": self.critic})
         self.recogniser, self.points = recogniser, lambda images: strongest(detector, images)
         quicken(teaching.model.vae)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        return self.teaching.parameter_groups()
+        return [*self.teaching.parameter_groups(), {"params": list(self.critic.parameters()), "muon": False}]
 
     def batch(self, step: int, generator: torch.Generator) -> Batch:
         return self.teaching.batch(step, generator)
@@ -74,9 +102,16 @@ class RewardObjective(Objective):
         losses = dict(self.teaching.loss(batch, step, generator))
         some = self._chosen(batch)
         if len(some.latents):
-            unlike, amiss = self.reward(some, generator)
-            losses["loss"] = losses["loss"] + self.settings.likeness * unlike + self.settings.obedience * amiss
-            losses |= {f"painted_{batch.way}": unlike.detach(), "painted_amiss": amiss.detach()}
+            said = self.reward(some, generator)
+            settings = self.settings
+            losses["loss"] = (
+                losses["loss"]
+                + settings.likeness * said["unlike"]
+                + settings.obedience * said["amiss"]
+                + settings.look * said["untrue"]
+                + said["critic"]
+            )
+            losses |= {f"painted_{name}": value.detach() for name, value in said.items()}
         return losses
 
     def _chosen(self, batch: Batch) -> Batch:
@@ -84,10 +119,14 @@ class RewardObjective(Objective):
         rows = (batch.who != 0).any(1).nonzero()[: self.settings.painted, 0]
         return rows_of(batch, rows)
 
-    def reward(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """How unlike the people (1 - cosine) and how disobedient the pictures are that the model paints of a batch."""
+    def reward(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
+        """What is said of the pictures that the model paints of a batch, each the smaller the better.
+
+        unlike: the people (1 - cosine); amiss: what the prompts ask for; untrue: by the critic, 0 at places before the
+        last; critic: its own loss.
+        """
         settings, teaching = self.settings, self.teaching
-        roll = torch.rand(2, generator=generator, device=generator.device).tolist()
+        roll = torch.rand(3, generator=generator, device=generator.device).tolist()
         count = settings.walks[int(roll[0] * len(settings.walks))]
         noise = torch.randn(batch.latents.shape, generator=generator, device=generator.device)
         with torch.no_grad():
@@ -95,7 +134,9 @@ class RewardObjective(Objective):
             way = guided(plain(teaching.model, teaching.conditions(batch)), low, settings.guidance)
             places, end = walk(way, teaching.velocity, noise, LEVELS, count)
             points, found = self.points(teaching.model.decode(end))
-            place = places[1 + int(roll[1] * (count - 1))]  # at the first there is only noise
+            # At the first there is only noise.
+            chosen = count - 1 if roll[1] < settings.last else 1 + int(roll[2] * (count - 1))
+            place = places[chosen]
             without = low(place.noisy, place.steps)
         with_all = teaching.answered(lambda: teaching.conditions(batch), place.noisy, place.steps).float()
         velocity = without + settings.guidance * (with_all - without)
@@ -103,12 +144,18 @@ class RewardObjective(Objective):
         crops = aligned_crops(teaching.model.decode(clean), points, self.recogniser.config["size"])
         who = self.recogniser(crops * 2 - 1).float()
         counts = certain * found
-        unlike = (counts * (1 - F.cosine_similarity(who, batch.who))).sum() / counts.sum().clamp_min(1e-6)
-        amiss = torch.zeros(())
+        said = {"unlike": (counts * (1 - F.cosine_similarity(who, batch.who))).sum() / counts.sum().clamp_min(1e-6)}
+        said["amiss"] = said["untrue"] = torch.zeros(())
         if teaching.reader is not None:
             what = teaching.reader(clean.contiguous(memory_format=torch.channels_last))[1]
-            amiss = (certain * disobedience(what, batch.wanted)).mean()
-        return unlike, amiss
+            said["amiss"] = (certain * disobedience(what, batch.wanted)).mean()
+        hazes = settings.haze * torch.randn((2, *end.shape), generator=generator, device=generator.device)
+        true, painted = self.critic(batch.latents + hazes[0]), self.critic(end + hazes[1])
+        said["critic"] = (1 - true).relu().mean() + (1 + painted).relu().mean()
+        if chosen == count - 1:
+            frozen = {name: value.detach() for name, value in self.critic.named_parameters()}
+            said["untrue"] = -torch.func.functional_call(self.critic, frozen, (clean + hazes[1],)).mean()
+        return said
 
     def figures(self) -> dict[str, float]:
         return self.teaching.figures()

@@ -54,7 +54,7 @@ def test_the_reward_alone_teaches_to_paint_the_person(objective: RewardObjective
     optimizer = torch.optim.AdamW(objective.module.parameters(), lr=1e-3)
     said = []
     for _ in range(5):
-        unlike, _ = objective.reward(some, torch.Generator().manual_seed(4))
+        unlike = objective.reward(some, torch.Generator().manual_seed(4))["unlike"]
         optimizer.zero_grad()
         unlike.backward()
         optimizer.step()
@@ -71,7 +71,30 @@ def test_the_lessons_go_on_beside_it(objective: RewardObjective) -> None:
     both = objective.loss(batch, 0, torch.Generator().manual_seed(5))  # type: ignore[arg-type]
     assert both["loss_ip_adapter_faceid"] == lesson["loss_ip_adapter_faceid"]
     gap = float(both["loss"].detach() - lesson["loss"].detach())
-    assert gap == pytest.approx(objective.settings.likeness * float(both["painted_ip_adapter_faceid"]), rel=1e-4)
+    said = float(both["painted_unlike"] + both["painted_critic"] + objective.settings.look * both["painted_untrue"])
+    assert gap == pytest.approx(said, rel=1e-4)
+
+
+def test_the_critic_learns_and_is_not_moved_by_whom_it_judges(objective: RewardObjective) -> None:
+    some = objective._chosen(_batch(objective, "prompt"))  # type: ignore[arg-type]
+    sure = RewardObjective(
+        objective.teaching, objective.recogniser, DetectorNet(widths=(4, 4, 8, 8, 8), neck=8).eval(),
+        replace(objective.settings, last=1.0),
+    )  # fmt: skip
+    said = sure.reward(some, torch.Generator().manual_seed(4))
+    own, others = list(sure.critic.parameters()), list(sure.teaching.module.parameters())
+    assert all(g is None for g in torch.autograd.grad(said["untrue"], own, retain_graph=True, allow_unused=True))
+    assert any(g is not None for g in torch.autograd.grad(said["untrue"], others, retain_graph=True, allow_unused=True))
+    assert all(g is None for g in torch.autograd.grad(said["critic"], others, retain_graph=True, allow_unused=True))
+    optimizer = torch.optim.AdamW(own, lr=2e-3)
+    losses = []
+    for _ in range(12):
+        loss = sure.reward(some, torch.Generator().manual_seed(4))["critic"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0]
 
 
 def test_without_anybody_asked_for_there_is_the_lesson_alone(objective: RewardObjective) -> None:
