@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from facegen.errors import WrongRequest
 from facegen.evaluation.judges import load_judges, load_network
 from facegen.face.networks import (
     AMOUNTS,
@@ -30,8 +31,8 @@ from facegen.training.detector import DetectorObjective, DetectorSettings, ancho
 from facegen.training.export import export
 from facegen.training.judges import AttributeObjective, JudgeSettings, mirrored, targets_of
 from facegen.training.loop import Budget, LoopSettings, run
-from facegen.training.parsing import ParsingObjective, ParsingSettings, mirrored_classes
-from facegen.training.perception import Places, train
+from facegen.training.parsing import ParsingObjective, ParsingSettings, _dice, _nearest, mirrored_classes
+from facegen.training.perception import Places, take_over, train
 from facegen.training.points import PointsObjective, PointsSettings
 from facegen.training.recogniser import RecogniserObjective, RecogniserSettings, verification
 from facegen.world.facts import Fact, seen_facts
@@ -155,6 +156,44 @@ def test_a_mirrored_picture_has_mirrored_targets(cache: Cache) -> None:
     assert flipped["fact.looking"][0] == looking[int(targets["fact.looking"][0])]
     names = ("background", "l_eye", "r_eye", "l_lip", "u_lip", "ear_r")
     assert mirrored_classes(names).tolist() == [0, 2, 1, 3, 4, 5]
+
+
+def test_classes_stay_beside_the_middle_of_their_pixels() -> None:
+    seen = torch.rand(1, 96, 96, generator=torch.Generator().manual_seed(0))  # what a place twice as fine shows
+    classes = (seen[:, 1::2, 1::2] * 9).byte()  # the world takes the lower right of four
+    size = classes.shape[-1]
+    stay = torch.tensor([[[1.0, 0, 0], [0, 1, 0]]])
+    assert torch.equal(_nearest(classes, stay, size), classes.long())
+    ramp = torch.arange(size).expand(1, size, size)  # the class is the column
+    moved = _nearest(ramp.byte(), torch.tensor([[[-1.0, 0, size - 0.9], [0, 1, 0]]]), size)
+    # Column j of the mirror shows the place j + 0.25, which was size - 0.9 - j - 0.25, in column size - 1.4 - j.
+    assert moved[0, 0, 5] == round(size - 1.4 - 5)
+
+
+def test_a_small_class_counts_as_much_as_a_large_one() -> None:
+    classes = torch.zeros(1, 40, 40, dtype=torch.long)
+    classes[0, :2, :2] = 1
+    sure = 0.999 * torch.nn.functional.one_hot(classes, 3).movedim(-1, 1) + 0.0005
+    blind = sure.clone()
+    blind[0, 0, :2, :2], blind[0, 1, :2, :2] = 0.999, 0.0005
+
+    def loss(chances: Tensor) -> float:
+        return float(_dice(chances, chances.gather(1, classes[:, None])[:, 0], classes))
+
+    assert loss(sure) < 0.1
+    assert loss(blind) > 0.35  # a four hundredth of the pixels is nearly half of the loss
+
+
+def test_a_net_begins_with_what_an_earlier_one_knows(tmp_path: Path) -> None:
+    before = ParsingNet(20, (8, 8, 8, 8))
+    net = ParsingNet(21, (8, 8, 8, 8), detail=8)
+    take_over(net, before.state_dict())
+    pictures = torch.rand(1, 3, 32, 32)
+    with torch.no_grad():
+        known = net.eval()(pictures)[:, :20] - net.mend[1].bias[:20].view(1, -1, 1, 1)
+        assert torch.allclose(known, before.eval()(pictures), atol=1e-5)
+    with pytest.raises(WrongRequest, match="is of other sizes"):
+        take_over(net, ParsingNet(20, (8, 8, 8, 16)).state_dict())
 
 
 @pytest.mark.parametrize("kind", ["attributes", "parsing", "points"])
