@@ -166,13 +166,14 @@ def learn_from(shop: Workshop, place: Path, vae: Any = None) -> Lessons:
     from facegen.training.checkpoint import save_tensors
     from facegen.training.diffusion import Lessons
     from facegen.training.recogniser import embeddings_of
-    from facegen.training.vae import encode_all
+    from facegen.training.vae import encode_all, encodes_so
 
     pictures = Cache(place)
     path = shop.work / f"latents_{place.name}.safetensors"
     kept: dict[str, Tensor] = load_file(path) if path.exists() else {}
-    if not kept or len(kept["latents"]) != len(pictures):
-        kept = {"latents": encode_all(vae or finished_vae(shop), pictures)}
+    vae = vae or finished_vae(shop)
+    if not kept or not encodes_so(vae, pictures, kept["latents"]):
+        kept = {"latents": encode_all(vae, pictures)}
         kept["embeddings"] = embeddings_of(_recogniser(shop), pictures)
         save_tensors(kept, path, {"pictures": len(pictures)})
     return Lessons(pictures, kept["latents"], kept["embeddings"])

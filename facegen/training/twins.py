@@ -53,11 +53,11 @@ def twin_latents(vae: AutoencoderKL, twins: Cache) -> Tensor:
     from safetensors.torch import load_file
 
     from facegen.training.checkpoint import save_tensors
-    from facegen.training.vae import encode_all
+    from facegen.training.vae import encode_all, encodes_so
 
     path = twins.folder / "latents.safetensors"
     kept = load_file(path)["latents"] if path.exists() else None
-    if kept is None or len(kept) != len(twins):
+    if kept is None or not encodes_so(vae, twins, kept):
         kept = encode_all(vae, twins)
         save_tensors({"latents": kept}, path)
     return kept

@@ -25,7 +25,15 @@ from facegen.training.loop import Budget, LoopSettings, run
 from facegen.training.mini import STAGES, train
 from facegen.training.objectives.denoising import another, face_weights
 from facegen.training.objectives.velocity import VelocityObjective
-from facegen.training.vae import DecoderObjective, VAEObjective, VAESettings, encode_all, fold_statistics, new_vae
+from facegen.training.vae import (
+    DecoderObjective,
+    VAEObjective,
+    VAESettings,
+    encode_all,
+    encodes_so,
+    fold_statistics,
+    new_vae,
+)
 
 VAE = VAESettings(channels=(16, 16, 32, 32), latent_channels=4, batch=2, crop=64)
 SIZES = DiffusionSettings(
@@ -96,6 +104,18 @@ def test_folding_statistics_changes_latents_but_no_picture(pictures: Cache) -> N
     assert latents.mean((0, 2, 3)).abs().max() < 1e-2
     assert (latents.std((0, 2, 3)) - 1).abs().max() < 1e-2
     torch.testing.assert_close(vae.encode(images).latent_dist.std, spread, rtol=1e-3, atol=1e-4)
+
+
+def test_kept_latents_are_known_again_and_another_encoder_s_are_not(pictures: Cache) -> None:
+    torch.manual_seed(0)
+    vae, other = new_vae(VAE).eval(), new_vae(VAE).eval()
+    for one in (vae, other):
+        fold_statistics(one, [pictures.rgb(torch.arange(4)) * 2 - 1])
+    latents = encode_all(vae, pictures)
+    assert encodes_so(vae, pictures, latents)
+    assert encodes_so(vae.half().float(), pictures, latents)
+    assert not encodes_so(other, pictures, latents)
+    assert not encodes_so(vae, pictures, latents[:-1])
 
 
 def test_velocity_of_a_perfect_prediction_is_zero_and_matches_diffusers() -> None:

@@ -67,15 +67,18 @@ def test_a_twin_has_the_scene_and_another_face(draw_cache: Callable[..., Path], 
     assert not (tmp_path / "twins" / "00000" / "rgb.npy").exists()
 
 
-def test_twins_are_encoded_once(draw_cache: Callable[..., Path], tmp_path: Path) -> None:
+def test_twins_are_encoded_once_for_each_encoder(draw_cache: Callable[..., Path], tmp_path: Path) -> None:
     drawn = Cache(draw_cache(tmp_path, people=2, pictures=2))
     torch.manual_seed(0)
     vae = new_vae(VAESettings(channels=(16, 16, 32, 32), latent_channels=4)).eval()
     first = twin_latents(vae, drawn)
     assert first.shape == (4, 4, 16, 16)
-    with torch.no_grad():
-        next(vae.parameters()).zero_()
+    written = (drawn.folder / "latents.safetensors").stat().st_mtime_ns
     assert torch.equal(twin_latents(vae, drawn), first)
+    assert (drawn.folder / "latents.safetensors").stat().st_mtime_ns == written
+    with torch.no_grad():
+        next(vae.encoder.parameters()).zero_()
+    assert not torch.equal(twin_latents(vae, drawn), first)
 
 
 def test_only_the_controlnet_learns(parts: dict[str, Any], learnt: TwinLessons) -> None:
