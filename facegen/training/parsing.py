@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from facegen.face.networks import ParsingNet
@@ -23,6 +24,13 @@ from facegen.world.front import cover
 _OUTER = ("down1.0.0", "out", "near", "mend.1")  # what Muon leaves to AdamW
 _SAMPLED = 0.25  # pixels right of and below a pixel's middle: where the world looks up its class
 _SIDE = 128
+# Parts whose surface is changed in training, and how much of it at most.
+_SURFACES = (
+    (("background",), 1.0),
+    (("cloth", "hat"), 1.0),
+    (("hair",), 0.6),
+    (("skin", "nose", "neck", "beard", "l_ear", "r_ear"), 0.25),
+)
 # A rectangle over a face is something in front of it: `cover` draws such things and says so.
 _WEAR = replace(USUAL, erase=0.0)
 
@@ -34,6 +42,7 @@ class ParsingSettings:
     zoom: tuple[float, float] = (0.75, 1.3)
     straight: float = 0.5  # share of pictures that are not turned, so that their classes are exact
     covered: float = 0.35  # share of pictures with something in front
+    retextured: float = 0.5  # share of pictures whose parts get other surfaces
     dice: float = 1.0  # weight of the loss in which small classes count as much as large ones
     seed: int = 0
 
@@ -73,6 +82,7 @@ class ParsingObjective(Objective):
         # One-hot classes would be twenty planes to warp: nearest neighbours of the index keep classes whole.
         classes = _nearest(classes, matrices, _SIDE)
         classes = torch.where(mirrored[:, None, None], self.swap[classes], classes)
+        pictures = self._retextured(pictures, classes, generator)
         pictures, classes = cover(pictures, classes, generator, chance=self.settings.covered)
         pictures = wear(pictures, self.settings.wear, generator) * 2 - 1
         return {"pictures": pictures.contiguous(memory_format=torch.channels_last), "classes": classes}
@@ -90,6 +100,29 @@ class ParsingObjective(Objective):
         shift = 0.05 * _SIDE * torch.randn(count, 2, generator=generator) * ~straight[:, None]
         shift = (_SIDE - 1) / 2 - linear.sum(2) * (size - 1) / 2 + shift
         return torch.cat([linear, shift[:, :, None]], 2), mirrored
+
+    def _retextured(self, pictures: Tensor, classes: Tensor, generator: torch.Generator) -> Tensor:
+        """Pictures (B, 3, S, S) whose background, clothes, hair and skin have got something of another surface.
+
+        Photos show more than the world draws. Without this, whatever is unlike a drawing is taken for a thing in front.
+        """
+        count = len(pictures)
+        chosen = torch.rand(count, generator=generator) < self.settings.retextured
+        for names, most in _SURFACES:
+            inside = torch.isin(classes, torch.tensor([self.names.index(name) for name in names]))
+            amount = most * torch.rand(count, generator=generator) * chosen
+            amount = (amount * (torch.rand(count, generator=generator) < 0.7)).view(-1, 1, 1, 1)
+            mask = F.avg_pool2d(inside[:, None].float(), 3, 1, 1) * amount
+            other = pictures[torch.randperm(count, generator=generator)]
+            small = int(torch.randint(24, 100, (), generator=generator))
+            top, left = torch.randint(_SIDE - small, (2,), generator=generator).tolist()
+            rough = float(0.1 * torch.rand((), generator=generator))
+            grain = rough * torch.randn(count, 1, _SIDE, _SIDE, generator=generator)
+            texture = F.interpolate(
+                other[:, :, top : top + small, left : left + small], (_SIDE, _SIDE), mode="bilinear"
+            )
+            pictures = torch.lerp(pictures, texture + grain, mask)
+        return pictures.clamp(0, 1)
 
     def loss(self, batch: Mapping[str, Tensor], step: int, generator: torch.Generator) -> dict[str, Tensor]:
         logs = self.module(batch["pictures"]).float().log_softmax(1)

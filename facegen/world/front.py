@@ -17,7 +17,7 @@ from facegen.world.fields import dot, mix, smoothstep, unit
 from facegen.world.shading import CLASS, SKIN_RAMP, tone
 
 THINGS: tuple[str, ...] = ("hand", "box", "cup", "ball", "cloth")
-_SHARES = (0.62, 0.10, 0.10, 0.08, 0.10)  # how often each kind is drawn
+_SHARES = (0.72, 0.07, 0.07, 0.06, 0.08)  # how often each kind is drawn
 _OWN_TONE = 0.5  # share of hands that have the colour of the face behind them
 _SLEEVES = 0.5
 _HELD = 0.35  # share of boxes and cups that a hand holds
@@ -32,9 +32,9 @@ class _Layer:
     """Something seen from the front, per pixel (B, H, W): how much of the pixel it covers, and how it looks."""
 
     cover: Tensor  # 0 to 1
-    height: Tensor  # z, where it is
     normal: Tensor  # (B, H, W, 3), unit
     color: Tensor  # (B, H, W, 3), linear
+    label: Tensor  # its class: `front`, or `cloth` for what is worn; int64
 
 
 def _even(shape: tuple[int, ...], low: float, high: float, generator: torch.Generator) -> Tensor:
@@ -50,8 +50,9 @@ def cover(
 ) -> tuple[Tensor, Tensor]:
     """Pictures (B, 3, S, S) in [0, 1] and their classes (B, S, S), some with a thing laid over them.
 
-    The thing's pixels get the class ``front``. ``chance`` is that of each picture; ``kind`` (one of ``THINGS``) asks
-    for one thing alone. New tensors; on the CPU. Raises ValueError for an unknown kind.
+    The thing's pixels get the class ``front``; sleeves and cloths are ``cloth``, as they are elsewhere. ``chance`` is
+    that of each picture; ``kind`` (one of ``THINGS``) asks for one thing alone. New tensors; on the CPU. Raises
+    ValueError for an unknown kind.
     """
     if kind is not None and kind not in THINGS:
         raise ValueError(f"There is no thing called '{kind}'; the things are: {', '.join(THINGS)}.")
@@ -63,8 +64,10 @@ def cover(
         if len(mine):
             under, labels = pictures[mine], classes[mine]
             layers = _layers(name, under, labels, generator)
-            pictures[mine], shown = _laid(under, layers, generator)
-            classes[mine] = torch.where(shown > 0.5, torch.full_like(labels, CLASS["front"]), labels)
+            pictures[mine] = _laid(under, layers, generator)
+            for layer in layers:
+                labels = torch.where(layer.cover > 0.5, layer.label.to(labels.dtype), labels)
+            classes[mine] = labels
     return pictures, classes
 
 
@@ -117,8 +120,8 @@ class _Place:
         return torch.stack([across * cosine + along * sine, -across * sine + along * cosine, z], -1)
 
 
-def _laid(pictures: Tensor, layers: list[_Layer], generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Pictures with the layers lit and laid over them, and how much of each pixel they cover (B, S, S)."""
+def _laid(pictures: Tensor, layers: list[_Layer], generator: torch.Generator) -> Tensor:
+    """Pictures with the layers lit and laid over them."""
     count, _, size, _ = pictures.shape
     bright = pictures.mean((1, 2, 3))
     light = unit(
@@ -137,7 +140,6 @@ def _laid(pictures: Tensor, layers: list[_Layer], generator: torch.Generator) ->
     warmth = 1 + 0.08 * torch.randn(count, 1, 1, 3, generator=generator)
     shade = _even((count, 1, 1, 1), 0.0, 0.55, generator)
     far = (light[:, :2] * _even((count, 1), 0.01, 0.05, generator)).tolist()
-    covered = torch.zeros(count, size, size)
     for layer in layers:
         lit = dot(layer.normal, light.view(-1, 1, 1, 3).expand_as(layer.normal))
         half = unit(light + light.new_tensor([0.0, 0.0, 1.0])).view(-1, 1, 1, 3).expand_as(layer.normal)
@@ -152,8 +154,7 @@ def _laid(pictures: Tensor, layers: list[_Layer], generator: torch.Generator) ->
         dark = F.interpolate(F.avg_pool2d(small, 3, 1, 1), (size, size), mode="bilinear")
         pictures = pictures * (1 - shade * dark)
         pictures = pictures * (1 - cover) + seen * cover
-        covered = torch.maximum(covered, layer.cover)
-    return pictures, covered
+    return pictures
 
 
 def _tones(pictures: Tensor, classes: Tensor, generator: torch.Generator) -> Tensor:
@@ -317,10 +318,15 @@ def _hand(place: _Place, color: Tensor, size: int, generator: torch.Generator) -
     flesh = torch.where((kind == _TIP)[..., None], flesh * flesh.new_tensor([1.05, 0.93, 0.92]), flesh)
     worn = sleeve[:, None, None] * (0.85 + 0.15 * torch.sin(80 * along + 3 * normal[..., 0]))[..., None]
     shown = torch.where((kind == _SLEEVE)[..., None], worn, flesh)
-    return _Layer(cover, best * palm, place.outwards(unit(normal)), shown)
+    label = torch.where(kind == _SLEEVE, CLASS["cloth"], CLASS["front"])
+    return _Layer(cover, place.outwards(unit(normal)), shown, label)
 
 
 # --- things -----------------------------------------------------------------------------------------------------------
+
+
+def _held(places: Tensor) -> Tensor:
+    return torch.full_like(places, CLASS["front"], dtype=torch.int64)
 
 
 def _rounded(u: Tensor, v: Tensor, wide: Tensor, tall: Tensor, round_: Tensor) -> Tensor:
@@ -355,7 +361,7 @@ def _box(place: _Place, size: int, generator: torch.Generator) -> _Layer:
     lens = smoothstep(0.018, 0.014, torch.sqrt((u + 0.55 * wide) ** 2 + (v - 0.72 * tall) ** 2))
     lens = lens * (torch.rand(count, 1, 1, generator=generator) < 0.5)
     color = mix(color, torch.full_like(color, 0.02), lens[..., None])
-    return _Layer(cover, torch.zeros_like(u), normal, color * (1 + 0.03 * _grain(count, size, size // 8, generator)))
+    return _Layer(cover, normal, color * (1 + 0.03 * _grain(count, size, size // 8, generator)), _held(u))
 
 
 def _cup(place: _Place, size: int, generator: torch.Generator) -> _Layer:
@@ -375,7 +381,7 @@ def _cup(place: _Place, size: int, generator: torch.Generator) -> _Layer:
     normal = torch.stack([sideways, torch.zeros_like(u), torch.sqrt(1 - sideways * sideways)], -1)
     band = smoothstep(0.0, 0.004, v - _even((count, 1, 1), -0.2, 0.2, generator))
     color = mix(_paint(count, generator)[:, None, None], _paint(count, generator)[:, None, None], band[..., None])
-    return _Layer((inside * size + 0.5).clamp(0, 1), torch.zeros_like(u), place.outwards(unit(normal)), color)
+    return _Layer((inside * size + 0.5).clamp(0, 1), place.outwards(unit(normal)), color, _held(u))
 
 
 def _ball(place: _Place, size: int, generator: torch.Generator) -> _Layer:
@@ -396,9 +402,8 @@ def _ball(place: _Place, size: int, generator: torch.Generator) -> _Layer:
     head, rod = _paint(count, generator)[:, None, None], _paint(count, generator)[:, None, None]
     color = torch.where((far > radius)[..., None], rod, head)
     return _Layer(
-        (inside * size + 0.5).clamp(0, 1), torch.zeros_like(u), place.outwards(unit(normal)),
-        color * spots.clamp(min=0.2),
-    )  # fmt: skip
+        (inside * size + 0.5).clamp(0, 1), place.outwards(unit(normal)), color * spots.clamp(min=0.2), _held(u)
+    )
 
 
 def _cloth(place: _Place, size: int, generator: torch.Generator) -> _Layer:
@@ -416,7 +421,8 @@ def _cloth(place: _Place, size: int, generator: torch.Generator) -> _Layer:
     stripes = stripes * (torch.rand(count, 1, 1, generator=generator) < 0.3)
     color = mix(_paint(count, generator)[:, None, None], _paint(count, generator)[:, None, None], stripes[..., None])
     color = color * (1 + 0.06 * _grain(count, size, size // 4, generator)).clamp(min=0)
-    return _Layer((inside * size + 0.5).clamp(0, 1), folds, normal, color)
+    worn = torch.full_like(u, CLASS["cloth"], dtype=torch.int64)
+    return _Layer((inside * size + 0.5).clamp(0, 1), normal, color, worn)
 
 
 def _waves(x: Tensor, octaves: int, strength: float, generator: torch.Generator) -> Tensor:
