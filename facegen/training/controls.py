@@ -22,10 +22,6 @@ STEPS = 4000
 SHAPES_STEPS = 2000
 SETTINGS = LoopSettings(learning_rate=8e-4, warmup=100, weight_decay=0.01, average=0.998, bfloat16=True, seed=12)
 STAGES = ("expression", ALL, *KINDS)
-RESTORE_STEPS = 3000
-RESTORE_SETTINGS = LoopSettings(
-    learning_rate=2e-3, warmup=50, weight_decay=0.01, average=0.99, bfloat16=True, seed=13
-)  # fmt: skip
 
 
 def train_shapes(shop: Workshop) -> None:
@@ -49,17 +45,15 @@ def control_objective(name: str, shop: Workshop, folder: Path) -> ControlObjecti
     """
     from facegen.adapter import load_adapter
     from facegen.adapters.expression import Expression
-    from facegen.models.base import Model
     from facegen.training.maps import MAPPED, maps_for
-    from facegen.training.mini import learn_from
+    from facegen.training.mini import opened
     from facegen.training.objectives.controls import ControlObjective
     from facegen.training.shapes import finished_reader
 
-    model = Model.from_pretrained(shop.output, dtype=torch.float32, device="cpu")
+    model, lessons, held_out = opened(shop)
     person = load_adapter(shop.output / "adapters" / "ip_adapter_faceid", model)
     person.modules().requires_grad_(False)
     control: Any = Expression.fresh(model) if name == "expression" else Geometry.fresh(name, model)
-    lessons, held_out = (learn_from(shop, place, model.vae) for place in (shop.pictures, shop.held_out))
     teacher = finished_reader(lessons, shop.work / "shapes")
     maps = None
     if name in (ALL, *MAPPED):
@@ -81,21 +75,3 @@ def write_control(objective: ControlObjective, output: Path) -> Path:
     if isinstance(control, Geometry):
         return control.save(output / "controls")
     return control.save(output / "adapters" / control.name, dtype=torch.float16)
-
-
-def train_restore(shop: Workshop) -> None:
-    """The aligner of damaged faces' latents beside the frozen autoencoder; then written beside the controls."""
-    from facegen.models.alignment import Aligner
-    from facegen.models.base import Model
-    from facegen.training.mini import finished_reader, learn_from
-    from facegen.training.objectives.restore import RestoreObjective
-
-    model = Model.from_pretrained(shop.output, dtype=torch.float32, device="cpu")
-    lessons, held_out = (learn_from(shop, place, model.vae) for place in (shop.pictures, shop.held_out))
-    aligner = Aligner.fresh(model, lessons.embeddings.shape[1])
-    reader = finished_reader(shop, lessons)
-    objective = RestoreObjective(model, aligner, lessons, reader=reader, held_out=held_out)
-    steps = max(1, round(RESTORE_STEPS * shop.budget))
-    measured = run(objective, shop.work / "restore", Budget(steps), RESTORE_SETTINGS)
-    aligner.save(shop.output / "controls" / "restore")
-    record("restore", measured, shop.output / "mini.json")

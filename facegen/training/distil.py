@@ -211,18 +211,16 @@ class DistilObjective(Objective):
 def train_distil(shop: Workshop) -> None:
     """The LoRA beside the finished model in the output folder; written to loras/few.safetensors there."""
     from facegen.adapter import Adapter, load_adapter
-    from facegen.models.base import Model
     from facegen.training.checkpoint import save_tensors
     from facegen.training.diffusion import DiffusionObjective, DiffusionSettings
-    from facegen.training.mini import finished_reader, learn_from
+    from facegen.training.mini import finished_reader, opened
 
     settings = DistilSettings()
-    model = Model.from_pretrained(shop.output, dtype=torch.float32, device="cpu")
+    model, lessons, held_out = opened(shop)
     folder = shop.output / "adapters"
     adapters: dict[str, Adapter] = {
         name: load_adapter(folder / name, model) for name in ("arc2face", "ip_adapter_faceid", "instantid")
     }
-    lessons, held_out = (learn_from(shop, place, model.vae) for place in (shop.pictures, shop.held_out))
     asked = DiffusionSettings(ways=settings.ways, batch=settings.batch, base=False, seed=settings.seed)
     reader = finished_reader(shop, lessons)
     objective = DistilObjective(DiffusionObjective(model, adapters, lessons, asked, held_out, reader), settings)

@@ -25,6 +25,7 @@ from facegen.world.sampling import HELD_OUT_FROM
 if TYPE_CHECKING:
     from facegen.adapters.arc2face import Arc2Face
     from facegen.face.networks import RecogniserNet
+    from facegen.models.base import Model
     from facegen.models.sd15 import SD15Model
     from facegen.training.diffusion import DiffusionObjective, Lessons
     from facegen.training.reader import LatentReader
@@ -177,6 +178,14 @@ def learn_from(shop: Workshop, place: Path, vae: Any = None) -> Lessons:
         kept["embeddings"] = embeddings_of(_recogniser(shop), pictures)
         save_tensors(kept, path, {"pictures": len(pictures)})
     return Lessons(pictures, kept["latents"], kept["embeddings"])
+
+
+def opened(shop: Workshop) -> tuple[Model, Lessons, Lessons]:
+    """For what is learnt beside the finished model in the output folder: that, the lessons, and the held-out ones."""
+    from facegen.models.base import Model
+
+    model = Model.from_pretrained(shop.output, dtype=torch.float32, device="cpu")
+    return model, learn_from(shop, shop.pictures, model.vae), learn_from(shop, shop.held_out, model.vae)
 
 
 def _diffusion_objective(shop: Workshop) -> DiffusionObjective:
@@ -358,7 +367,7 @@ def teach_control(name: str) -> Callable[[Workshop], None]:
 
 def restore(shop: Workshop) -> None:
     """What moves the latents of damaged faces to those of clean ones, only on demand."""
-    from facegen.training.controls import train_restore
+    from facegen.training.restore import train_restore
 
     train_restore(shop)
 

@@ -93,7 +93,10 @@ class RewardObjective(Objective):
         quicken(teaching.model.vae)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        return [*self.teaching.parameter_groups(), {"params": list(self.critic.parameters()), "muon": False}]
+        return [
+            *self.teaching.parameter_groups(),
+            {"params": list(self.critic.parameters()), "muon": False, "scale": 3.0},
+        ]
 
     def batch(self, step: int, generator: torch.Generator) -> Batch:
         return self.teaching.batch(step, generator)
