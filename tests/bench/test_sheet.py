@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
 
-from tests.bench import sheet
 from tests.bench.sheet import Sheet
 
 
 def test_it_stops_in_time_and_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [100.0]
-    monkeypatch.setattr(sheet.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     table = Sheet(tmp_path / "new" / "table.md", minutes=1)
     for piece in table.each(["a", "b", "c", "d"]):
         clock[0] += 25
