@@ -749,7 +749,8 @@ class Pipeline(ABC, Generic[R]):
     def region(self, photo: Image.Image, name: str, select: str) -> torch.Tensor:
         """The mask (1, H, W) of a named part of the photo's only, largest or most central face.
 
-        It is a little wider than the part, so that no rim of the old one stays around the new.
+        It is a little wider than the part, so that no rim of the old one stays around the new, but never reaches over
+        a hand or a thing in front.
         Raises WrongRequest for an unknown name, NoFaceFound, SeveralFaces.
         """
         from facegen.face.paste import dilate
@@ -757,7 +758,10 @@ class Pipeline(ABC, Generic[R]):
         everybody = name in ("person", "background")
         faces = self.faces_in(photo) if everybody else (self.one_face(photo, select),)
         mask = self.parser.region(photo, faces, name)
-        return dilate(mask, round(0.03 * min(float(face.box[2] - face.box[0]) for face in faces)))
+        mask = dilate(mask, round(0.03 * min(float(face.box[2] - face.box[0]) for face in faces)))
+        if not everybody and name != "front":
+            mask = mask * (1 - self.parser.before(photo, faces[0]))
+        return mask
 
     def reading_pack(self) -> str:
         """The pack that finds faces where no adapter says which it wants."""

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 TRAINED, BOTH, ADAPTERS, GUIDANCE = "trained", "both", "adapters", "guidance"
 # They stay in front of the new face. Where a hand or a cup is not seen, the request's `front` says where it is.
-OCCLUDERS = ("glasses", "hair", "hat", "front")
+OCCLUDERS = ("glasses", "hair", "hat", "clothes", "front")
 _SURELY = 0.3  # chance from which on a pixel shows one of them: a frame left standing is better than one cut through
 _CHANGE = {TRAINED: 1.0}  # the photo is seen by the net: there is no need to begin with it
 _RIM = 0.03  # of a face's width: how far its edge, where the old skin shines through, belongs to it
@@ -38,7 +38,7 @@ class _Onto(Request):
     source: Photo = photo("The photo of the person whose face it will be.", positional=True)
     target: Photo = photo("The photo into which the face goes.", positional=True)
     front: Photo = mask(
-        "White over what stands before the face and stays, such as a hand; glasses, hair and hats are found.",
+        "White over what stands before the face and stays, where it is not found: hands, glasses, hair and hats are.",
         of="target",
     )
 

@@ -57,6 +57,7 @@ REGIONS: Mapping[str, tuple[str, ...]] = {
 }
 SIDE = 128  # pixels; what the net was trained on
 AROUND = 0.75  # the square that is looked at: as much air around the face as the drawings have
+_HIDES = 0.3  # chance from which on something stands in front: rather too much of it stays than too little
 _AGREES = 0.5  # share of its usual place in which the net must find a part to be believed
 
 # Where parts lie in ArcFace's 112-pixel crop: ellipses (x, y, half width, half height).
@@ -126,6 +127,10 @@ class FaceParser:
         wanted = [index for index in map(CLASSES.index, names) if index < len(chances)]
         return side.back(chances[wanted].sum(0, keepdim=True))
 
+    def before(self, photo: Image.Image, face: Detection | Face) -> Tensor:
+        """Where a hand or a thing stands in front of a face, (1, H, W); it is no part of it, wherever points lie."""
+        return (self.around(photo, face, REGIONS["front"]) > _HIDES).float()
+
     def region(self, photo: Image.Image, faces: Sequence[Detection | Face], name: str) -> Tensor:
         """The mask (1, H, W) of a named part of these faces.
 
@@ -150,6 +155,7 @@ class FaceParser:
         if name not in _USUAL:
             return _joined(found, _near("face", face, photo.size))
         place = usual(name, face.points, photo.size)
+        place = place * (1 - self.before(photo, face))
         found = found * _near(name, face, photo.size)
         if name in _ADDED:
             return torch.maximum(place, found)

@@ -19,6 +19,7 @@ from facegen.images import to_tensor
 from facegen.models.base import Model
 from facegen.pipeline import Loaded, rebuild
 from facegen.pipelines.inpaint import InpaintPipeline
+from tests.pipelines.hands import SEEDS, behind_a_hand
 
 QUICK: dict[str, Any] = {"num_inference_steps": 2, "guidance_scale": 3.0, "seed": 1, "prompt": "a face"}
 Drawn = Callable[[int], Image.Image]
@@ -90,6 +91,16 @@ def test_a_part_by_name(inpaint: InpaintPipeline, drawn: Drawn, mini: Path) -> N
     differ = changed(drawn(1), out.images[0])
     assert 0 < differ.mean() < 0.05, "the tiny detector says where the eyes are"
     assert not differ[100:].any()
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_hand_before_the_face_is_not_painted_over(
+    inpaint: InpaintPipeline, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    handed = behind_a_hand(inpaint.parser, seed)
+    monkeypatch.setattr(inpaint, "faces_in", lambda photo, pack=None: (handed.face,))
+    out = inpaint(image=handed.photo, region="face", identity="nobody", **QUICK)
+    handed.check(out.images[0])
 
 
 def test_the_photos_own_face_or_another_ones(inpaint: InpaintPipeline, tiny: Path, drawn: Drawn, hole: Path) -> None:

@@ -25,6 +25,7 @@ from facegen.models.swap import KIND, Swap
 from facegen.pipeline import Loaded, rebuild
 from facegen.pipelines.swap import SwapPipeline
 from facegen.steering import likeness_guidance, parsing_guidance, unit_gradient
+from tests.pipelines.hands import SEEDS, behind_a_hand
 
 QUICK: dict[str, Any] = {"num_inference_steps": 4, "guidance_scale": 3.0, "seed": 1, "prompt": "a face"}
 Drawn = Callable[[int], Image.Image]
@@ -126,6 +127,14 @@ def test_what_stands_before_the_face_stays(swap: SwapPipeline) -> None:
     frame, skin = (drawn.parsing == PARSING.index(name) for name in ("eye_g", "skin"))
     assert float((mask & frame).sum() / frame.sum()) < 0.35
     assert float((mask & skin).sum() / skin.sum()) > 0.6
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_hand_before_the_face_stays(swap: SwapPipeline, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    handed = behind_a_hand(swap.parser, seed)
+    monkeypatch.setattr(swap, "faces_in", lambda photo, pack=None: (handed.face,))
+    out = swap(source=handed.photo, target=handed.photo, **QUICK)
+    handed.check(out.images[0])
 
 
 def test_the_call_is_read_back(tiny: Path, tiny_pack: Path, me: Path, tmp_path: Path) -> None:
