@@ -87,7 +87,9 @@ STAGES: Mapping[str, Stage] = {
     "judge": Stage({"net": "judge"}, _judge, replace(_FAST, learning_rate=1.5e-3, seed=2)),
     "attributes": Stage({"net": "attributes"}, _attributes, replace(_FAST, seed=3)),
     "parsing": Stage(
-        {"net": "parsing", "classes": len(PARSING), "detail": 8}, _parsing, replace(_FAST, warmup=100, seed=4)
+        {"net": "parsing", "classes": len(PARSING), "detail": 8},
+        _parsing,
+        replace(_FAST, warmup=100, average=0.995, seed=4),
     ),
     "detector": Stage({"net": "detector"}, _detector, replace(_FAST, seed=5)),
     "points": Stage({"net": "points"}, _points, replace(_FAST, seed=6)),
