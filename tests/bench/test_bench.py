@@ -7,11 +7,13 @@ import torch
 
 from facegen.economy import PRESETS, Economy
 from facegen.errors import WrongRequest
+from facegen.evaluation.protocol import Plan
 from facegen.few_steps import FewSteps
 from tests.bench.bench_generate import Setup, compare, heading, lines, machine
 from tests.bench.bench_growth import Growth, axes, measure, row
 from tests.bench.cases import SMALL, SMALL_XL
-from tests.bench.price import Features, unlike, way
+from tests.bench.price import OTHER_NOISE, Features, Way, unlike, way
+from tests.bench.price import measure as measure_price
 
 
 @pytest.mark.parametrize(("model", "case"), [(SMALL, "instantid"), (SMALL, "regions"), (SMALL_XL, "face")])
@@ -43,6 +45,16 @@ def test_features_tell_pictures_apart() -> None:
     assert unlike(features, one, one) == 0.0
     near, far = (one + 0.02).clamp(0, 1), one.flip(0)
     assert 0 < unlike(features, one, near) < unlike(features, one, far)
+
+
+def test_the_fast_ways_of_mini_stay_nearer_than_other_noise() -> None:
+    ways = [way(name, "mini") for name in ("exact", "fast", "fastest")]
+    plan = Plan("mini", ("instantid",), 4, 1, steps=10, batch=4)
+    exact, fast, fastest, other = measure_price(plan, "instantid", [*ways, Way(OTHER_NOISE, seed=500_000)])
+    assert exact.unlike == 0
+    assert fast.unlike < other.unlike / 2
+    assert fastest.unlike < other.unlike * 0.8
+    assert min(fast.row.likeness, fastest.row.likeness) > exact.row.likeness - 0.1
 
 
 def test_ways_by_name() -> None:
