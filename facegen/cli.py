@@ -122,11 +122,11 @@ class TrainRequest(Request):
 
 @dataclass(frozen=True, kw_only=True)
 class SliderRequest(Request):
-    task: ClassVar[str] = "What a slider is learnt from: two prompts, or a folder of picture pairs."
+    task: ClassVar[str] = "What a slider is learnt from: two descriptions, or a folder of picture pairs."
 
     name: str = text("", "Slider: its name, which becomes the file's.")
-    more: str = text("", "Slider: a prompt with more of it, such as 'an old person'.")
-    less: str = text("", "Slider: a prompt with less of it, such as 'a young person'.")
+    more: str = text("", "Slider: more of it in words behind the prompt, such as 'old'.")
+    less: str = text("", "Slider: less of it in words behind the prompt, such as 'young'.")
     pairs: str | None = text(
         cast(str, None), "Slider: a folder with the folders more and less, pictures of the same names in both.",
         optional=True,
@@ -922,7 +922,7 @@ HOUSE: Mapping[str, Command] = {
     ),
     "train": Command(
         about=TrainRequest.task, run=_train, requests=(TrainRequest, SliderRequest),
-        example='facegen train slider --name old --more "an old person" --less "a young person"',
+        example='facegen train slider --name old --more old --less young',
     ),
     "eval": Command(about=EvalRequest.task, run=_eval, requests=(EvalRequest,), more=_json_flag),
     "weights": Command(

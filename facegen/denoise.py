@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -120,6 +120,11 @@ def denoise(
                     if on_step is not None and clean is not None:
                         on_step(Step(index, total, timestep, latents, clean))
     return latents
+
+
+def part_of_runs(step: Step, place: int, runs: int) -> Step:
+    """A step of the run number `place`, from 0, as one of several runs of one length that make a picture together."""
+    return replace(step, index=place * step.total + step.index, total=runs * step.total)
 
 
 def steer(clean: Tensor, timestep: Tensor, losses: Sequence[tuple[GuidanceCondition, float]]) -> Tensor:

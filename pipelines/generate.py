@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,8 +22,10 @@ if TYPE_CHECKING:
 
     from facegen.adapter import Guest
     from facegen.conditions import Condition
+    from facegen.denoise import Step
     from facegen.face.head import Head
     from facegen.face.paste import Box
+    from facegen.models.slid import Slide
     from facegen.pipeline import Person
 
 log = logging.getLogger(__name__)
@@ -41,7 +44,7 @@ class GenerateRequest(PersonRequest):
 
     sliders: Mapping[str, float] = strengths(
         {},
-        "Changes by degrees, such as smile=0.6 age=-1, two prompts of your own: 'more|less'=1, or the file of a slider"
+        "Changes by degrees, such as smile=0.6 age=-1, words of your own: 'freckled|pale'=1, or the file of a slider"
         " that was learnt: mine.safetensors=0.7.",
         low=-5,
         high=5,
@@ -187,8 +190,6 @@ class GeneratePipeline(Pipeline[GenerateRequest]):
         ]
         shaped += self._light(request, size)
         everything = [prompt, *who.conditions, *shaped, *loras, *conditions]
-        slid = self._slid(request, everything)
-        everything += slid
         model: Any = self.host(request.adapters)
         model = Windows(model, who.windows) if who.windows else model
         batches = list(self.batches(request.num_images_per_prompt, request.batch_size, indices))
@@ -198,7 +199,7 @@ class GeneratePipeline(Pipeline[GenerateRequest]):
             if request.apart == NONE or not who.conditions:
                 latents = self._run(model, request, size, everything, batch, on_step)
             else:
-                latents = self._run_apart(model, request, size, (who, everything, slid), batch, on_step)
+                latents = self._run_apart(model, request, size, (who, everything), batch, on_step)
             pixels, measures = self.model.decode(latents), tuple[Mapping[str, float], ...]()
             if request.repair and who.everyone and not request.people:
                 pixels, measures = self._repaired(request, who, everything, batch, pixels)
@@ -225,8 +226,9 @@ class GeneratePipeline(Pipeline[GenerateRequest]):
     ) -> Tensor:
         """Latents (B, 4, h, w) of the pictures at these places."""
         from facegen import schedulers
-        from facegen.denoise import Guidance, denoise, noise
+        from facegen.denoise import Guidance, denoise, noise, part_of_runs
         from facegen.given_noise import instead
+        from facegen.models.slid import Slid
 
         assert request.seed is not None
         generators = self.generators(request.seed, batch)
@@ -247,45 +249,51 @@ class GeneratePipeline(Pipeline[GenerateRequest]):
         )
         drawn = noise(self.model.latent_shape(*size), generators, device=self.model.device, dtype=self.model.dtype)
         start = instead(drawn, request.noise_of(batch))
-        looks = self._character(request, size, conditions, start)
-        return denoise(
-            model,
-            schedulers.start(scheduler, start, None if photo is None else photo.expand_as(start)),
-            scheduler,
-            [*conditions, *looks],
-            Guidance(request.guidance_scale),
-            generators,
-            on_step,
-        )
+        acting = [*conditions, *self._character(request, size, conditions, start)]
+        begin = schedulers.start(scheduler, start, None if photo is None else photo.expand_as(start))
+        guidance = Guidance(request.guidance_scale)
+        slides = self._slides(request, conditions)
+        if not slides:
+            return denoise(model, begin, scheduler, acting, guidance, generators, on_step)
+        fresh, again = copy.deepcopy(scheduler), [one.clone_state() for one in generators]
+        plain: list[Tensor] = []  # what no slider touches stays as in the plain run, which therefore comes first
+
+        def first(step: Step) -> None:
+            plain.append(step.latents)
+            if on_step is not None:
+                on_step(part_of_runs(step, 0, 2))
+
+        def second(step: Step) -> None:
+            if on_step is not None:
+                on_step(part_of_runs(step, 1, 2))
+
+        denoise(model, begin, scheduler, acting, guidance, generators, first)
+        slid: Any = Slid(model, slides, plain)
+        return denoise(slid, begin, fresh, acting, guidance, again, second)
 
     def _run_apart(
         self,
         model: Any,
         request: GenerateRequest,
         size: tuple[int, int],
-        asked: tuple[_Cast, Sequence[Condition], Sequence[Condition]],
+        asked: tuple[_Cast, Sequence[Condition]],
         batch: tuple[int, ...],
         on_step: Any = None,
     ) -> Tensor:
-        """As `_run`, the person's conditions acting only in the face of each picture; asked: who, all conditions, and
-        those of them that the sliders gave."""
+        """As `_run`, the person's conditions acting only in the face of each picture; asked: who, all conditions."""
         import torch
 
         from facegen import repair
-        from facegen.conditions import TextCondition
         from facegen.models.decoupled import Decoupled
 
-        who, everything, slid = asked
+        who, everything = asked
         if request.where is None:
             masks = self._face_masks(model, request, size, everything, batch)
         else:
             masks = _drawn(self.photo(request.where), size, "where").expand(len(batch), 1, -1, -1)
         if request.apart == PREDICTIONS:
-            # The sliders have moved the last prompt, which an adapter may have written: the plain one moves by itself.
-            moved = [one for one in slid if isinstance(one, TextCondition)]
-            shared = [one for one in everything if one not in who.conditions and one not in moved]
-            plain = [one for one in self._slid(request, shared) if isinstance(one, TextCondition)]
-            both = Decoupled(model, masks, [*who.conditions, *moved], plain)
+            shared = [one for one in everything if one not in who.conditions]
+            both = Decoupled(model, masks, who.conditions)
             return self._run(both, request, size, shared, batch, on_step)
         made = [
             self._run(model, request, size, repair.confined(everything, who.conditions, mask), (place,), on_step)
@@ -542,14 +550,22 @@ class GeneratePipeline(Pipeline[GenerateRequest]):
         points = torch.from_numpy(posed_points(dict(request.pose), size)).float()
         return [light_guidance(self.model, found, points, scale=request.light_strength)]
 
-    def _slid(self, request: GenerateRequest, conditions: Sequence[Condition]) -> list[Condition]:
-        """The last prompt of the run, moved by the sliders, and the learnt ones that act."""
-        from facegen.conditions import TextCondition
-        from facegen.models.sliders import DELAY, files, moved
+    def _slides(self, request: GenerateRequest, conditions: Sequence[Condition]) -> list[Slide]:
+        """What the sliders do in a run under these conditions."""
+        from facegen.conditions import LoraCondition, TextCondition
+        from facegen.models.sliders import files, slides
 
         last = [one for one in conditions if isinstance(one, TextCondition)][-1]
-        learnt = self.worn_loras({name: strength for name, strength in files(request.sliders).items() if strength})
-        return [*moved(self.model, last, request.sliders), *(replace(one, span=(DELAY, 1.0)) for one in learnt)]
+        loras = [one for one in conditions if isinstance(one, LoraCondition)]
+        names = files(request.sliders)
+        learnt = dict(zip(names, self.worn_loras(names), strict=True))
+        return slides(
+            lambda prompt: self.words(replace(request, prompt=prompt), loras),
+            request.prompt,
+            last,
+            request.sliders,
+            learnt,
+        )
 
     def _character(
         self, request: GenerateRequest, size: tuple[int, int], conditions: Sequence[Condition], start: Tensor

@@ -33,7 +33,6 @@ WISHES = (
     "with red hair", "wearing glasses", "smiling", "wearing a hat", "with black hair", "surprised", "with blond hair",
     "angry",
 )  # fmt: skip
-SLIDERS = ("smile", "age", "beard", "glasses", "hair_length", "skin", "masculine", "mouth_open")
 
 
 @dataclass(frozen=True)
@@ -299,47 +298,16 @@ def not_shown(scenes: Scenes, count: int = 2) -> list[list[str]]:
 
 def sliders(bench: Bench) -> Table:
     """Each slider moved, every attribute measured: its own should move, the others and the person should not."""
-    from facegen.world.parameters import GLASSES
+    from facegen.evaluation.sliding import OWN, matrix
 
-    first = bench.drawn(0)
-    columns = ("smile", "age", "beard", "glasses", "hair_length", "skin_tone", "masculinity", "jaw_open", "yaw")
-    few = first.photos[: max(2, bench.plan.people // 5)]
-    bench.total = len(few) * (1 + 2 * len(SLIDERS))
-
-    def seen(pictures: Sequence[Image.Image]) -> Tensor:
-        answers = [bench.judges.attributes(to_tensor(one)[None]) for one in pictures]
-        for one in answers:
-            one["glasses"] = 1 - one["glasses"][:, GLASSES.index("none")]  # how surely there are any
-        return torch.tensor([[float(one[name]) for name in columns] for one in answers])
-
-    def made(**fields: Any) -> list[Image.Image]:
-        return [
-            bench.make("generate", faces=(photo,), prompt="a portrait of a person", select="largest", **fields).images[
-                0
-            ]
-            for photo in few
-        ]
-
-    base = made()
-    rest, who = seen(base), bench.who(base)
-    rows = {}
-    for name in SLIDERS:
-        less, more = made(sliders={name: -1.0}), made(sliders={name: 1.0})
-        low, high = seen(less), seen(more)
-        moved = (high - low).mean(0)
-        monotone = ((low <= rest) & (rest <= high)).float().mean(0)
-        kept = torch.cat([F.cosine_similarity(bench.who(one), who) for one in (less, more)])
-        place = {"skin": "skin_tone", "masculine": "masculinity", "mouth_open": "jaw_open"}.get(name, name)
-        rows[name] = {
-            **{column: float(value) for column, value in zip(columns, moved, strict=True)},
-            "same person": float(kept.mean()),
-            **({"monotone": float(monotone[columns.index(place)])} if place in columns else {}),
-        }
-    return Table("Sliders: from -1 to 1, by how much each attribute moves", rows)
+    rows = matrix(bench, bench.drawn(0), tuple(OWN))
+    notes = ("Columns up to 'turned right' in spreads over people; the judge of attributes sees no gaze.",)
+    return Table(f"Sliders from -1 to 1: {bench.plan.people} people, by how much each attribute moves", rows, notes)
 
 
 def expression(bench: Bench) -> Table:
-    """The expressions of other pictures asked for by numbers, beside the person, against no control and the truth.
+    """The expressions of other people's pictures, asked for by numbers and copied from these pictures, beside the
+    person, against no control and the truth.
 
     error: mean absolute; correlation: mean over the units, r …: that of each over the people.
     """
@@ -350,7 +318,7 @@ def expression(bench: Bench) -> Table:
     units = [unit.name for unit in EXPRESSION]
     known = ~bench.expression(first.photos[:1])[0].isnan()
     named = [unit for unit, is_known in zip(units, known.tolist(), strict=True) if is_known]
-    bench.total = 2 * bench.plan.people
+    bench.total = 3 * bench.plan.people
     rows: dict[str, dict[str, float]] = {}
 
     def judge(name: str, pictures: Sequence[Image.Image], true: Tensor) -> None:
@@ -369,15 +337,19 @@ def expression(bench: Bench) -> Table:
 
     truth = first.scenes.with_values(**{name: wanted[:, place] for place, name in enumerate(units)})
     judge("drawn (ceiling)", [to_pil(render(truth[[row]], 128).rgb) for row in range(len(truth))], wanted)
-    for name, controlled in (("no control", False), ("adapter", True)):
+    ways: dict[str, Callable[[int], dict[str, Any]]] = {
+        "no control": lambda row: {},
+        "adapter": lambda row: {"expression": dict(zip(units, wanted[row].tolist(), strict=True))},
+        "copied from a photo": lambda row: {"expression_from": second.photos[row - 1]},
+    }
+    for name, asked in ways.items():
         made = []
         for row, photo in enumerate(first.photos):
-            asked = dict(zip(units, wanted[row].tolist(), strict=True)) if controlled else {}
-            out = bench.make("generate", faces=(photo,), expression=asked, prompt="a portrait of a person",
-                select="largest")  # fmt: skip
+            out = bench.make("generate", faces=(photo,), prompt="a portrait of a person", select="largest",
+                **asked(row))  # fmt: skip
             made.append(out.images[0])
         judge(name, made, wanted)
-    return Table(f"Expression by numbers: {bench.plan.people} people", rows)
+    return Table(f"Expression by numbers and from photos: {bench.plan.people} people", rows)
 
 
 def geometry(bench: Bench) -> Table:

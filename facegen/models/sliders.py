@@ -1,48 +1,45 @@
-"""One thing changed by degrees: a prompt moved along the way from one description to its opposite, or weights that
-were taught a direction.
+"""One thing changed by degrees: towards the prompt with a few words more, or towards what weights were taught.
 
-The direction is the difference of two encoded prompts, so a new slider needs two sentences and no labels; or it is
-learnt and lies in a LoRA file (`facegen train slider`). Strength 0 is the plain run. The first part of the run stays
-plain: who and where is decided there.
+A new slider needs two descriptions and no labels; or it is learnt and lies in a LoRA file (`facegen train slider`).
+Strength 1 goes as far as if the words had been written into the prompt, but only where they act most: see
+`facegen.models.slid`. Strength 0 is the plain run. The words come behind the prompt, for a text encoder that reads
+from left to right leaves all that stands before them as it was; two whole sentences instead differ word by word, and
+their difference moves much besides.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from facegen.checkpoints import SAFE
-from facegen.conditions import TextCondition
+from facegen.conditions import LoraCondition, Pair, TextCondition
 from facegen.errors import WrongRequest
+from facegen.models.slid import Slide
 
-if TYPE_CHECKING:
-    from facegen.models.base import Model
-
-# name → (what more of it looks like, what less of it looks like); in the words of the embedded model's captions too
+# name → (what more of it is called behind a prompt, what less of it is; "": away from more)
 SLIDERS: Mapping[str, tuple[str, str]] = {
-    "smile": ("a smiling person", "a sad person"),
-    "surprise": ("a surprised person", "a person with a neutral expression"),
-    "anger": ("an angry person", "a person with a neutral expression"),
-    "mouth_open": ("a person with an open mouth", "a person with a closed mouth"),
-    "age": ("an old person", "a young person"),
+    "smile": ("smiling", "sad"),
+    "surprise": ("surprised", "neutral expression"),
+    "anger": ("angry", "neutral expression"),
+    "mouth_open": ("with an open mouth", "with a closed mouth"),
+    "age": ("old", "young"),
     "masculine": ("a man", "a woman"),
-    "skin": ("a person with dark skin", "a person with light skin"),
-    "beard": ("a person with a full beard", "a person without a beard"),
-    "hair_length": ("a person with long straight hair", "a person with short hair"),
-    "curls": ("a person with curly hair", "a person with long straight hair"),
-    "blond": ("a person with blond hair", "a person with black hair"),
-    "gray_hair": ("a person with gray hair", "a person with brown hair"),
-    "glasses": ("a person with glasses", "a person without glasses"),
-    "make_up": ("a person with lipstick and eye makeup", "a person without makeup"),
-    "gaze": ("a person looking to the right", "a person looking to the left"),
+    "skin": ("with dark skin", "with light skin"),
+    "beard": ("with a full beard", ""),
+    "hair_length": ("with long straight hair", "with short hair"),
+    "curls": ("with curly hair", "with long straight hair"),
+    "blond": ("with blond hair", "with black hair"),
+    "gray_hair": ("with gray hair", "with brown hair"),
+    "glasses": ("wearing glasses", ""),
+    "make_up": ("with lipstick and eye makeup", ""),
+    "gaze": ("looking to the right", "looking to the left"),
 }
 APART = "|"
-DELAY = 0.2
+Encode = Callable[[str], TextCondition]
 
 
 def files(sliders: Mapping[str, float]) -> dict[str, float]:
@@ -50,41 +47,64 @@ def files(sliders: Mapping[str, float]) -> dict[str, float]:
     return {name: strength for name, strength in sliders.items() if Path(name).suffix == SAFE}
 
 
-def prompts(name: str) -> tuple[str, str]:
-    """The two prompts of a slider by name, or of one given as `more of it|less of it`; raises WrongRequest."""
+def words(name: str) -> tuple[str, str]:
+    """What a slider by name, or one given as `more of it|less of it`, puts behind a prompt; raises WrongRequest."""
     if name in SLIDERS:
         return SLIDERS[name]
     more, apart, less = (part.strip() for part in name.partition(APART))
     if not apart or not more or not less:
         raise WrongRequest(
-            f"There is no slider '{name}'; there are: {', '.join(SLIDERS)}; or give two prompts as"
+            f"There is no slider '{name}'; there are: {', '.join(SLIDERS)}; or give two descriptions as"
             f" 'more{APART}less', or the {SAFE} file of one that was learnt."
         )
     return more, less
 
 
-def moved(
-    model: Model, text: TextCondition, sliders: Mapping[str, float], *, delay: float = DELAY
-) -> list[TextCondition]:
-    """The prompts to append to a run's conditions: `text` moved along each slider by its strength; [] for no move.
+def slides(
+    encode: Encode, prompt: str, text: TextCondition, sliders: Mapping[str, float], learnt: Mapping[str, LoraCondition]
+) -> list[Slide]:
+    """What the sliders of a run do, for `facegen.models.slid.Slid`; [] where none has a strength.
 
-    Sliders in files are not its business. Only the conditional half moves. Raises WrongRequest for a slider that does
-    not exist.
+    encode: the run's own reading of a prompt; text: the last prompt of the run, which an adapter may have written: it
+    is moved as the words move `prompt`. learnt: the weights of the sliders that are files, by name.
+    Raises WrongRequest for a slider that does not exist, and for a prompt that leaves no room for its words.
     """
-    learnt = files(sliders)
-    ways = [(*prompts(name), strength) for name, strength in sliders.items() if strength and name not in learnt]
-    if not ways:
-        return []
-    embeds, pooled = text.embeds.clone(), None if text.pooled is None else text.pooled.clone()
-    for more, less, strength in ways:
-        ends = model.encode_text([more, less])
-        embeds[1] = embeds[1] + strength * _step(ends.embeds).to(embeds)
-        if pooled is not None and ends.pooled is not None:
-            pooled[1] = pooled[1] + strength * _step(ends.pooled).to(pooled)
-    return [replace(text, embeds=embeds, pooled=pooled, span=(delay, 1.0))]
+    found, plain = [], None
+    for name, strength in sliders.items():
+        if name in learnt:
+            found += [Slide(replace(learnt[name], scale=strength))] if strength else []
+            continue
+        more, less = words(name)
+        if not strength:
+            continue
+        told = less if strength < 0 and less else more
+        plain = plain or encode(prompt)
+        there = encode(f"{prompt}, {told}" if prompt else told)
+        if there.embeds.shape != plain.embeds.shape or bool((there.embeds == plain.embeds).all()):
+            raise WrongRequest(f"The prompt leaves no room for the words of the slider {name} ('{told}'); shorten it.")
+        found.append(Slide(_moved(text, plain, there), strength if told == more else -strength))
+    return found
 
 
-def _step(ends: Tensor) -> Tensor:
-    """From the second prompt of a Pair (2, 2, …) to the first, (1, …)."""
-    with torch.no_grad():
-        return ends[1, :1] - ends[1, 1:]
+def _moved(text: TextCondition, plain: TextCondition, there: TextCondition) -> TextCondition:
+    """A prompt moved as from `plain` to `there`, which it then is where it was `plain`."""
+    if text.at is None and text.embeds.shape == plain.embeds.shape and bool((text.embeds == plain.embeds).all()):
+        return there
+    step = _step(plain.embeds, there.embeds)
+    pooled = text.pooled
+    if pooled is not None and plain.pooled is not None and there.pooled is not None:
+        pooled = pooled + _step(plain.pooled, there.pooled).to(pooled)
+    at = text.at
+    return replace(
+        text,
+        embeds=text.embeds + step.to(text.embeds),
+        pooled=pooled,
+        at=None if at is None else lambda steps: (pair := at(steps)) + step.to(pair),
+    )
+
+
+def _step(plain: Pair, there: Pair) -> Tensor:
+    """From one pair to the other in the conditional half, (2, 1, …)."""
+    step = there - plain
+    step[0] = 0
+    return step

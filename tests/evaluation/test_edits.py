@@ -11,7 +11,7 @@ import torch
 
 from facegen.cli import MEASURES
 from facegen.errors import NoFaceFound, WeightsMissing
-from facegen.evaluation.edits import PROTOCOLS, SLIDERS, WISHES, Plan, Table, not_shown, run
+from facegen.evaluation.edits import PROTOCOLS, WISHES, Plan, Table, not_shown, run
 from facegen.evaluation.judges import load_judges
 from facegen.report import Likeness, Matched, Obedience, Report
 from facegen.world.facts import describe
@@ -94,7 +94,10 @@ def test_a_perfect_painter_gets_a_perfect_table(mini: Path, name: str) -> None:
         assert -1 <= rows["adapter"]["r smile"] <= 1
         assert rows["drawn (ceiling)"]["error"] < rows["no control"]["error"] + 0.2
         assert rows["adapter"]["likeness"] > 0.8
-        assert all(bool(fields["expression"]) == (place >= 3) for place, (_, fields) in enumerate(painter.asked))
+        ways = [{"expression", "expression_from"} & set(fields) for _, fields in painter.asked]
+        assert ways == [set()] * 3 + [{"expression"}] * 3 + [{"expression_from"}] * 3
+        given = [fields["expression_from"] for _, fields in painter.asked[6:]]
+        assert all(one not in [fields["faces"][0] for _, fields in painter.asked] for one in given)  # somebody else's
 
 
 def test_a_model_that_never_learnt_to_swap_has_no_such_row(mini: Path) -> None:
@@ -130,15 +133,6 @@ def test_wishes_are_what_a_picture_does_not_show() -> None:
         for words in wishes:
             assert not set(parse_prompt(words)) <= set(describe(scenes, row))
     assert {words for wishes in chosen for words in wishes} == set(WISHES)
-
-
-def test_sliders_that_move_nothing_leave_the_matrix_at_zero(mini: Path) -> None:
-    rows = run("sliders", Painter(), PLAN, lambda done, total: None).rows
-    assert set(rows) == set(SLIDERS)
-    for name, row in rows.items():
-        assert row["same person"] == pytest.approx(1.0)
-        assert row["monotone"] == 1.0, name
-        assert all(value == 0 for column, value in row.items() if column not in ("same person", "monotone"))
 
 
 def test_a_photo_without_a_face_stays_damaged(mini: Path) -> None:

@@ -13,12 +13,10 @@ import torch
 from PIL import Image
 
 from facegen import request as rq
-from facegen.conditions import TextCondition
 from facegen.denoise import Guidance, denoise, noise
 from facegen.errors import FacegenError, WrongMask, WrongRequest
 from facegen.models.base import Model
 from facegen.models.references import look_at
-from facegen.models.sliders import SLIDERS, moved, prompts
 from facegen.models.windows import Window, Windows, spread
 from facegen.pipelines.generate import GeneratePipeline, GenerateRequest
 from facegen.report import Judges, Likeness, assign
@@ -210,17 +208,3 @@ def test_a_slider_moves_and_0_does_not(pipe: GeneratePipeline) -> None:
     near, far = (np.abs(pixels(made[value]) - pixels(plain)).mean() for value in (1.0, 2.0))
     assert 0 < near < far
     assert not np.array_equal(pixels(own), pixels(plain))
-
-
-@pytest.mark.parametrize("base", ["tiny_sd15", "tiny_sdxl"])
-def test_sliders_move_the_conditional_half_in_proportion(base: str, request: pytest.FixtureRequest) -> None:
-    model = Model.from_pretrained(request.getfixturevalue(base), device="cpu", dtype=torch.float32)
-    text = model.encode_text(["a face"])
-    assert moved(model, text, {"age": 0.0}) == []
-    (one,), (two,) = moved(model, text, {"age": 1.0}), moved(model, text, {"age": 2.0})
-    assert isinstance(one, TextCondition)
-    assert torch.equal(one.embeds[0], text.embeds[0])
-    assert torch.allclose(two.embeds[1] - text.embeds[1], 2 * (one.embeds[1] - text.embeds[1]), atol=1e-5)
-    assert one.span == (0.2, 1.0)
-    assert (text.pooled is None) == (one.pooled is None)
-    assert all(prompts(name) == pair for name, pair in SLIDERS.items())

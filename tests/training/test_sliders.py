@@ -18,7 +18,7 @@ from facegen.training.loop import Budget, run
 from facegen.training.objectives.slider import PairSliderObjective, SliderSettings
 from facegen.training.sliders import SETTINGS, Recipe, new_objective, read_pairs, save, train_slider
 
-SMALL = SliderSettings(rank=2, batch=2, steps=3)
+SMALL = SliderSettings(rank=2, batch=2, steps=3, reach=4.0)
 WORDS = Recipe("old", "a old person", "a young person", keep=("a man", "a woman"))
 
 

@@ -19,7 +19,7 @@ from facegen import schedulers
 from facegen.attention.backends import for_training
 from facegen.conditions import Condition, LoraCondition, LowRankWeights, TextCondition
 from facegen.denoise import Guidance, denoise, noise
-from facegen.models.sliders import DELAY
+from facegen.models.slid import DELAY
 from facegen.training.loop import Objective, step_seed
 
 if TYPE_CHECKING:
@@ -30,13 +30,13 @@ _SIDES = (1.0, -1.0)
 
 @dataclass(frozen=True)
 class SliderSettings:
-    """reach: how many times the difference of the two prompts strength 1 is to go (the paper's η); steps, guidance:
-    of the runs in whose middle prompts are compared.
+    """reach: how many times the difference of the two prompts strength 1 is to go (the paper's η); half the guidance is
+    as far as if the words stood in the prompt. steps, guidance: of the runs in whose middle prompts are compared.
     """
 
     rank: int = 4
     batch: int = 4
-    reach: float = 4.0
+    reach: float = 2.0
     steps: int = 10
     guidance: float = 3.0
     seed: int = 0
@@ -98,8 +98,8 @@ class SliderObjective(Objective):
 
 @dataclass(frozen=True)
 class Words:
-    """The two ends of a slider in words; prompt: what it acts on; keep: what must not move with it, such as 'a man'
-    and 'a woman' for an age.
+    """The two ends of a slider in words, which come behind the prompt on which it acts; keep: what must not move with
+    it, such as 'a man' and 'a woman' for an age.
     """
 
     more: str
@@ -113,7 +113,7 @@ class TextSliderObjective(SliderObjective):
 
     def __init__(self, model: Model, words: Words, settings: SliderSettings = SliderSettings()) -> None:
         super().__init__(model, settings)
-        texts = (words.prompt, words.more, words.less)
+        texts = (words.prompt, f"{words.prompt}, {words.more}", f"{words.prompt}, {words.less}")
         self.words = [
             [model.encode_text([f"{text}, {kept}" if kept else text]) for text in texts] for kept in words.keep or ("",)
         ]
