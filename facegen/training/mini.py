@@ -212,8 +212,7 @@ def _instantid_objective(shop: Workshop) -> DiffusionObjective:
     from facegen.training.diffusion import DiffusionObjective, new_adapters
 
     before = _diffusion_objective(shop)
-    if shop.start is None or (shop.work / "diffusion" / STATE).exists():
-        _wear_last(before, shop, "diffusion")
+    _wear(before, shop, "diffusion")
     settings = replace(before.settings, ways={"instantid": 1.0}, base=False)
     adapters = new_adapters(before.model, before.lessons.embeddings.shape[1], settings)
     return DiffusionObjective(before.model, adapters, before.lessons, settings, before.held_out, before.reader)
@@ -291,9 +290,8 @@ def train_diffusion(shop: Workshop) -> None:
 def train_reward(shop: Workshop) -> None:
     """Text encoder, UNet and the adapters that learn with it go on, rewarded for their own pictures; then written."""
     objective = _diffusion_objective(shop)
-    if shop.start is None or (shop.work / "diffusion" / STATE).exists():
-        wear_average(objective.module, shop.work / "diffusion")
-    _rewarded(objective, shop, "reward")
+    _wear(objective, shop, "diffusion", rewarded=False)
+    _rewarded(objective, shop, "diffusion")
 
 
 def train_instantid(shop: Workshop) -> None:
@@ -301,7 +299,10 @@ def train_instantid(shop: Workshop) -> None:
     objective = _instantid_objective(shop)
     measured = run(objective, shop.work / "instantid", Budget(shop.steps("instantid")), DIFFUSION_SETTINGS)
     record("instantid", measured, shop.output / "mini.json")
-    _rewarded(objective, shop, "instantid reward")
+    _rewarded(objective, shop, "instantid")
+
+
+REWARDS = {"diffusion": "reward", "instantid": "instantid reward"}  # which follows which
 
 
 def _rewarded(objective: DiffusionObjective, shop: Workshop, stage: str) -> None:
@@ -313,27 +314,46 @@ def _rewarded(objective: DiffusionObjective, shop: Workshop, stage: str) -> None
     settings = RewardSettings()
     objective.settings = replace(objective.settings, batch=settings.lessons)
     reward = RewardObjective(objective, _recogniser(shop), detector, settings)
-    measured = run(reward, shop.work / stage, Budget(shop.steps(stage)), REWARD_SETTINGS)
+    before, name = _copied(objective), REWARDS[stage]
+    measured = run(reward, shop.work / name, Budget(shop.steps(name)), REWARD_SETTINGS)
+    _mix(objective, before, settings.share)
     _write(objective, shop)
-    record(stage, measured, shop.output / "mini.json")
+    record(name, measured, shop.output / "mini.json")
 
 
-def _wear_last(objective: DiffusionObjective, shop: Workshop, stage: str) -> None:
-    """The averaged weights of a stage, or of the reward that followed it, if that has begun."""
-    reward = shop.work / {"diffusion": "reward", "instantid": "instantid reward"}[stage]
-    folder = reward if (reward / STATE).exists() else shop.work / stage
-    # Not the reward's critic.
-    wear_average(objective.module, folder, only=tuple(f"{name}." for name, _ in objective.module.named_children()))
+def _wear(objective: DiffusionObjective, shop: Workshop, stage: str, rewarded: bool = True) -> None:
+    """The averaged weights of a stage, or those of a finished model, and what came of the reward that followed."""
+    from facegen.training.reward import RewardSettings
+
+    own = tuple(f"{name}." for name, _ in objective.module.named_children())  # not the reward's critic
+    if shop.start is None or (shop.work / stage / STATE).exists():
+        wear_average(objective.module, shop.work / stage, only=own)
+    reward = shop.work / REWARDS[stage]
+    if rewarded and (reward / STATE).exists():
+        before = _copied(objective)
+        wear_average(objective.module, reward, only=own)
+        _mix(objective, before, RewardSettings().share)
+
+
+def _copied(objective: DiffusionObjective) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in objective.module.state_dict().items()}
+
+
+def _mix(objective: DiffusionObjective, before: Mapping[str, Tensor], share: float) -> None:
+    """Go back towards the weights before: between the two lie models better than both (WiSE-FT, arXiv 2109.01903)."""
+    for name, value in objective.module.state_dict().items():
+        if value.is_floating_point():
+            value.copy_(before[name].lerp(value, share))
 
 
 def write_model(shop: Workshop) -> None:
     """The model as it is so far: the averaged weights of the last checkpoints, in their official formats."""
     objective = _diffusion_objective(shop)
-    _wear_last(objective, shop, "diffusion")
+    _wear(objective, shop, "diffusion")
     _write(objective, shop)
     if (shop.work / "instantid" / STATE).exists():
         objective = _instantid_objective(shop)
-        _wear_last(objective, shop, "instantid")
+        _wear(objective, shop, "instantid")
         _write(objective, shop)
 
 

@@ -40,6 +40,7 @@ class RewardSettings:
     prompt the reader of latents finds it; look: of how untrue the critic finds what comes of it.
     last: share of the rewards that are given at the walk's last place, where the estimate is the finished picture.
     haze: noise that the critic looks through, so that it sees no more than eyes would.
+    share: how far the finished weights go from those before towards the rewarded ones.
     """
 
     lessons: int = 16
@@ -47,10 +48,11 @@ class RewardSettings:
     walks: tuple[int, ...] = (3, 4, 5)
     guidance: float = 3.0
     likeness: float = 1.0
-    obedience: float = 0.2
-    look: float = 0.1
+    obedience: float = 0.3
+    look: float = 0.04
     last: float = 0.5
     haze: float = 0.1
+    share: float = 0.7
 
 
 class Critic(nn.Module):

@@ -12,6 +12,8 @@ import torch
 from facegen.face.networks import DetectorNet, RecogniserNet
 from facegen.training.cache import Cache
 from facegen.training.diffusion import DiffusionObjective, DiffusionSettings, Lessons, new_adapters, new_model
+from facegen.training.loop import Budget, LoopSettings, run
+from facegen.training.mini import Workshop, _wear
 from facegen.training.reward import RewardObjective, RewardSettings
 from facegen.training.vae import VAESettings, new_vae
 
@@ -103,3 +105,21 @@ def test_without_anybody_asked_for_there_is_the_lesson_alone(objective: RewardOb
     lesson = objective.teaching.loss(nobody, 0, torch.Generator().manual_seed(5))
     both = objective.loss(nobody, 0, torch.Generator().manual_seed(5))
     assert both["loss"] == lesson["loss"]
+
+
+def test_the_finished_weights_lie_between_those_before_and_the_rewarded_ones(
+    objective: RewardObjective, tmp_path: Path
+) -> None:
+    teaching, settings = objective.teaching, LoopSettings(learning_rate=1e-2, warmup=1)
+    shop = Workshop(tmp_path, output=tmp_path / "mini")
+    run(teaching, shop.work / "diffusion", Budget(1), settings)
+    lessons = {name: value.clone() for name, value in teaching.module.state_dict().items()}
+    run(objective, shop.work / "reward", Budget(1), settings)
+    rewarded = {name: value.clone() for name, value in teaching.module.state_dict().items()}
+    _wear(teaching, shop, "diffusion", rewarded=False)
+    name = "unet.conv_in.weight"
+    assert torch.equal(teaching.module.state_dict()[name], lessons[name])
+    _wear(teaching, shop, "diffusion")
+    assert not torch.equal(rewarded[name], lessons[name])
+    between = lessons[name].lerp(rewarded[name], objective.settings.share)
+    torch.testing.assert_close(teaching.module.state_dict()[name], between)
