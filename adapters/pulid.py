@@ -31,7 +31,7 @@ from facegen.models.streams import Streams, dtype_of, initialise
 from facegen.preprocessing import preprocessing
 
 if TYPE_CHECKING:
-    from facegen.face.parsing import Parser
+    from facegen.face.parsing_networks import Parser
     from facegen.models.base import Model
 
 Version = Literal["v1", "v1.1"]
@@ -338,7 +338,7 @@ def _renamed(text: str, names: Mapping[str, str]) -> str:
 
 def _readers(folder: Path) -> tuple[EvaTower | None, Parser | None]:
     """What reads photos, where it is: beside the adapter, or where the hub knows it."""
-    from facegen.face.parsing import Parser
+    from facegen.face.parsing_networks import Parser
     from facegen.hub import resolve
 
     found: list[Path | None] = []

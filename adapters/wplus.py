@@ -34,7 +34,7 @@ from facegen.checkpoints import SAFE, Shapes, Tensors, base_name, section
 from facegen.conditions import Condition, TokenCondition
 from facegen.errors import CheckpointBroken, WrongRequest
 from facegen.face.align import ffhq_crop
-from facegen.face.parsing import Parser
+from facegen.face.parsing_networks import Parser
 from facegen.images import to_tensor
 from facegen.models.directions import Directions
 from facegen.models.streams import Streams, dtype_of, initialise

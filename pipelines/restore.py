@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from facegen.conditions import Condition
-    from facegen.face.parsing import Parser
+    from facegen.face.parsing_networks import Parser
     from facegen.face.paste import Box, Crop
     from facegen.face.types import Array, Face
     from facegen.models.alignment import Aligner
@@ -157,7 +157,7 @@ class RestorePipeline(Pipeline[RestoreRequest]):
 
     def _parser(self, path: str) -> Parser:
         from facegen import hub
-        from facegen.face.parsing import Parser
+        from facegen.face.parsing_networks import Parser
 
         if path not in self._parsers:
             if self.loaded.loading.commercial_only:

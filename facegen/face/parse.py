@@ -2,7 +2,7 @@
 
 A small net names the pixels of a square around each face. It learnt from drawings, so on photographs it is believed
 only where it agrees with what the five points say; elsewhere a part is where it lies in nearly every face. Left and
-right are the picture's.
+right are the picture's. The published networks, BiSeNet and ParseNet, are in `parsing_networks`.
 """
 
 from __future__ import annotations

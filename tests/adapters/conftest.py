@@ -95,7 +95,7 @@ def write_weights(home: Path) -> None:
     """Tiny encoders of pictures under the names the hub knows, in the formats of the real ones."""
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-    from facegen.face.parsing import ParseNet
+    from facegen.face.parsing_networks import ParseNet
 
     clip = CLIPVisionConfig(**VISION, projection_dim=8)
     shaken(CLIPVisionModelWithProjection(clip), 5).save_pretrained(home / "clip-vit-h")
@@ -130,7 +130,7 @@ def small(name: str, model: Model, home: Path, dim: int) -> dict[str, Any]:
     from transformers import CLIPVisionConfig
 
     from facegen.adapters.storymaker import PeopleProjection
-    from facegen.face.parsing import Parser
+    from facegen.face.parsing_networks import Parser
     from facegen.models.clip import load_clip
 
     width = model.text_width

@@ -22,7 +22,7 @@ from facegen.adapters.storymaker import PeopleProjection
 from facegen.checkpoints import Shapes
 from facegen.errors import CheckpointBroken, FacegenError, WeightsMissing, WrongAdapter
 from facegen.face.embed import ArcFace, IResNet
-from facegen.face.parsing import BiSeNet, ParseNet, Parser
+from facegen.face.parsing_networks import BiSeNet, ParseNet, Parser
 from facegen.models.base import Model
 from facegen.models.control import load_controlnet
 from facegen.models.e4e import E4E

@@ -10,7 +10,7 @@ import torch
 
 from facegen.checkpoints import write
 from facegen.errors import CheckpointBroken, WrongAdapter
-from facegen.face.parsing import BISENET, PARSENET, BiSeNet, ParseNet, Parser
+from facegen.face.parsing_networks import BISENET, PARSENET, BiSeNet, ParseNet, Parser
 from tests.restoration.weights import REFERENCE, difference, digest, picture, weights
 
 NEAR = 1e-5
@@ -37,7 +37,7 @@ def test_the_published_numbers(name: str, kind: type[BiSeNet | ParseNet]) -> Non
 
 
 def test_a_file_brings_its_own_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("facegen.face.parsing.SIDE", 64)  # quicker than the side they were trained on
+    monkeypatch.setattr("facegen.face.parsing_networks.SIDE", 64)  # quicker than the side they were trained on
     path = write(tmp_path / "any.pth", {"module": {**small(BiSeNet), "cp.resnet.fc.weight": torch.ones(2)}})
     parser = Parser.from_file(path)
     assert parser.labels == BISENET
