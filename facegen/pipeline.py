@@ -112,11 +112,19 @@ class Loading(Request):
         "On a CPU: lay the weights out for its matrix units; faster, equal up to float32 rounding; so fast is, anyway.",
         advanced=True,
     )
-
     compiled: bool = switch(
         False,
         "Compile UNet and ControlNets when they first run (minutes, for each size of picture): for GPUs.",
         advanced=True,
+    )
+    attention: str = choice(
+        "sdpa",
+        "Who computes attention: PyTorch (sdpa), xformers, the fused kernel of streams on CUDA (triton), or plain"
+        " products (math).",
+        ("sdpa", "xformers", "triton", "math"), advanced=True,
+    )  # fmt: skip
+    commercial_only: bool = switch(
+        False, "Refuse weights that may not be used commercially, and those that work only with such.", advanced=True
     )
 
     @property
@@ -133,10 +141,6 @@ class Loading(Request):
             pack(*walked, *others)
         if self.compiled:
             compile_networks(*walked)
-
-    commercial_only: bool = switch(
-        False, "Refuse weights that may not be used commercially, and those that work only with such.", advanced=True
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -381,6 +385,7 @@ class Pipeline(ABC, Generic[R]):
         import torch
 
         from facegen import hub
+        from facegen.attention.backends import backend_by_name
         from facegen.economy import preset
         from facegen.models.base import Model, locate
         from facegen.models.tiny import load_tiny
@@ -397,6 +402,7 @@ class Pipeline(ABC, Generic[R]):
             weights=cast(Any, loading.weights),
         )
         model.economy = preset(loading.speed)
+        model.backend = backend_by_name(loading.attention)
         if loading.tiny_vae is not None:
             model.tiny = load_tiny(loading.tiny_vae, model)
         loading.quicken([model.unet], [model.tiny or model.vae, *model.text_encoders().values()])

@@ -15,6 +15,7 @@ from facegen.attention.weights import KV, LowRank, add_low_rank, layer_widths
 from facegen.conditions import ReferenceCondition, TextCondition, TokenCondition
 from facegen.errors import WrongBaseModel, WrongRequest
 from facegen.models.base import Model
+from facegen.pipelines.generate import GeneratePipeline
 
 
 def draw(seed: int, *shape: int) -> Tensor:
@@ -76,6 +77,13 @@ def test_plain_attention_has_the_gradients_of_math() -> None:
         assert one is not None
         assert other is not None
         assert torch.allclose(one, other, rtol=1e-5, atol=1e-6)  # plain's softmax is in float32
+
+
+def test_a_pipeline_takes_the_backend_asked_for(tiny_sd15: Path) -> None:
+    pipe = GeneratePipeline.from_pretrained(tiny_sd15, device="cpu", dtype="float32", attention="math")
+    assert pipe.model.backend is BACKENDS["math"]
+    with pytest.raises(WrongRequest, match="sdpa"):
+        GeneratePipeline.from_pretrained(tiny_sd15, attention="flash")
 
 
 def test_unknown_backends_are_refused() -> None:
