@@ -32,7 +32,7 @@ from facegen.checkpoints import SAFE, Shapes, base_name, section
 from facegen.conditions import Condition, ControlCondition, TokenCondition
 from facegen.errors import PackageMissing, WeightsMissing, WrongRequest
 from facegen.models.clip import CLIP_WIDTHS, FACE_WIDTH
-from facegen.models.control import load_controlnet
+from facegen.models.control import awaken, load_controlnet
 from facegen.models.resampler import PerceiverSizes, Resampler
 from facegen.models.streams import Streams, dtype_of, initialise
 from facegen.preprocessing import preprocessing
@@ -116,9 +116,7 @@ class InstantID(Adapter):
         nn.init.normal_(projector.latents, std=sizes.dim**-0.5, generator=generator)
         channels = (16, 32, 96, 256)[: int(math.log2(model.vae_factor)) + 1]
         controlnet = ControlNetModel.from_unet(model.unet, conditioning_embedding_out_channels=channels)
-        initialise(controlnet.controlnet_cond_embedding, generator)
-        for parameter in controlnet.controlnet_cond_embedding.conv_out.parameters():
-            nn.init.zeros_(parameter)
+        awaken(controlnet.controlnet_cond_embedding, generator)
         adapter = cls(projector, Streams.fresh(model, generator=generator), controlnet)
         trainable(adapter.modules(), model)
         return adapter

@@ -40,7 +40,6 @@ COLORS: tuple[tuple[int, int, int], ...] = (
     (255, 0, 0), (0, 255, 0), (0, 255, 0), (0, 0, 255), (0, 0, 255), (255, 255, 0), (255, 255, 0),
     (255, 0, 255), (0, 255, 255),
 )  # fmt: skip
-_GAIN = 1.7  # what SiLU takes away from the deviation of its input
 _FARTHEST = 12.0  # the drawn world's depth of the background
 
 
@@ -142,19 +141,6 @@ def posed_points(pose: dict[str, float], size: tuple[int, int], head: Head | Non
     return scaled + np.array([(size[1] - min(size)) / 2, (size[0] - min(size)) / 2], np.float32)
 
 
-def awaken(embedding: torch.nn.Module, generator: torch.Generator) -> None:
-    """Weights from which on a control picture is still to be seen after eight convolutions, in place.
-
-    With PyTorch's own, embeddings of different drawings differ by 1e-5, about a thousandth of what they have in common:
-    nothing was learnt in 700 steps. The last layer need not be zero, for the zero convolutions come after it.
-    """
-    for part in embedding.modules():
-        if isinstance(part, torch.nn.Conv2d):
-            torch.nn.init.normal_(part.weight, std=_GAIN * part.weight[0].numel() ** -0.5, generator=generator)
-            if part.bias is not None:
-                torch.nn.init.zeros_(part.bias)
-
-
 @dataclass(frozen=True, eq=False)
 class Geometry:
     """A ControlNet of one kind, or of all of them."""
@@ -180,6 +166,8 @@ class Geometry:
     def fresh(cls, kind: str, model: Model, *, seed: int = 0) -> Self:
         """To be trained: a copy of the UNet's encoder behind zero convolutions, so that it changes nothing yet."""
         from diffusers import ControlNetModel
+
+        from facegen.models.control import awaken
 
         check(kind, cls.kinds)
         channels = (16, 32, 96, 256)[: model.vae_factor.bit_length()]

@@ -157,6 +157,10 @@ def test_a_fresh_one_has_the_asked_sizes_and_changes_nothing_by_its_controlnet(
     for layer in model.attention_layers:
         if layer.cross:
             assert torch.equal(first.streams.layers[layer.index].to_k.weight, layer.module.to_k.weight)
+    hints = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        seen = first.controlnet.controlnet_cond_embedding(hints)
+    assert float((seen[0] - seen[1]).std()) > 0.05, "from the first step it sees which points it is given"
     with pytest.raises(WrongRequest, match="must read 18"):
         InstantID.fresh(model, DIM, sizes=replace(sizes, context=DIM + 1))
 
