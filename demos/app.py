@@ -440,6 +440,7 @@ def launch(
             share=False,
             quiet=True,
             prevent_thread_lock=True,
+            _frontend=False,  # else gradio gives up on a busy machine whose first answer takes three seconds
             theme=theme(),
             css=resources.files("facegen.demos").joinpath("style.css").read_text(encoding="utf-8"),
             footer_links=[],
