@@ -7,20 +7,20 @@ blends two predictions of each step, so that any adapter takes part, also one th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from facegen.conditions import Condition
 from facegen.errors import WrongMask
-from facegen.models.windows import OWN, NowWindows, PreparedWindows
+from facegen.models.windows import OWN, NowWindows, PreparedWindows, StandIn
 
 if TYPE_CHECKING:
     from facegen.models.base import Model
 
 
-class Decoupled:
+class Decoupled(StandIn):
     """Stands for the model in `denoise`: the same calls, with a UNet call for each branch that the mask lets act.
 
     mask: (1 or B, 1, H, W) in [0, 1], at any size; 1 where what the person brings (`person`) acts, 0 where instead of
@@ -32,11 +32,9 @@ class Decoupled:
     ) -> None:
         if mask.ndim != 4 or mask.shape[1] != 1:
             raise WrongMask(f"The mask must be (batch, 1, height, width), not {tuple(mask.shape)}.")
-        self.model, self.mask = model, mask
+        super().__init__(model)
+        self.mask = mask
         self.branches = (tuple(person), tuple(plain))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.model, name)
 
     def prepare(self, conditions: Sequence[Condition], batch: int, guidance: bool) -> PreparedWindows:
         """See Model.prepare; `conditions` act in both branches."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,9 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from facegen.conditions import Condition, LoraCondition, TextCondition, in_span
-from facegen.economy import Economy
 from facegen.models.lora import Worn, wearing
-from facegen.models.windows import OWN
+from facegen.models.windows import OWN, StandIn
 
 if TYPE_CHECKING:
     from facegen.models.base import Model
@@ -42,7 +41,7 @@ class Slide:
     gain: float = 1.0
 
 
-class Slid:
+class Slid(StandIn):
     """Stands for the model in one run of `denoise`: the same calls, with a further UNet call for each slider.
 
     plain: the latents (B, C, h, w) after each step of the same run without sliders. mask (B, 1, h, w) in [0, 1], after
@@ -50,17 +49,10 @@ class Slid:
     """
 
     def __init__(self, model: Model, slides: Sequence[Slide], plain: Sequence[Tensor]) -> None:
-        self.model, self.slides, self.plain = model, tuple(slides), tuple(plain)
+        super().__init__(model)
+        self.slides, self.plain = tuple(slides), tuple(plain)
         self.mask: Tensor | None = None
         self._where: list[Tensor | None] = [None] * len(self.slides)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.model, name)
-
-    @property
-    def economy(self) -> Economy:
-        """The model's, but every step is whole: the answers that are compared must be of one kind."""
-        return replace(self.model.economy, reuse=1)
 
     def prepare(self, conditions: Sequence[Condition], batch: int, guidance: bool) -> _Prepared:
         """See Model.prepare; `conditions` act under every slider, too."""

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from facegen.conditions import Condition, GuidanceCondition, KeepCondition, LoraCondition
+from facegen.economy import Economy
 from facegen.models.prepared import Now, Prepared
 
 if TYPE_CHECKING:
@@ -48,15 +49,27 @@ def _tent(length: int) -> Tensor:
     return torch.minimum(places, length - places) / (length / 2)
 
 
-class Windows:
-    """Stands for the model in `denoise`: the same calls, with one UNet call per window."""
+class StandIn:
+    """What stands for a model in `denoise`: the model itself, but for the calls that its heirs make otherwise."""
 
-    def __init__(self, model: Model, windows: Sequence[Window]) -> None:
+    def __init__(self, model: Model) -> None:
         self.model = model
-        self.windows = tuple(windows)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.model, name)
+
+    @property
+    def economy(self) -> Economy:
+        """The model's, but every step is whole: several answers make one, and they must be of one kind."""
+        return replace(self.model.economy, reuse=1)
+
+
+class Windows(StandIn):
+    """Stands for the model in `denoise`: the same calls, with one UNet call per window."""
+
+    def __init__(self, model: Model, windows: Sequence[Window]) -> None:
+        super().__init__(model)
+        self.windows = tuple(windows)
 
     def prepare(self, conditions: Sequence[Condition], batch: int, guidance: bool) -> PreparedWindows:
         """See Model.prepare; `conditions` act in every window."""

@@ -14,6 +14,7 @@ from PIL import Image
 
 from facegen import request as rq
 from facegen.denoise import Guidance, denoise, noise
+from facegen.economy import EXACT, Economy
 from facegen.errors import FacegenError, WrongMask, WrongRequest
 from facegen.models.base import Model
 from facegen.models.references import look_at
@@ -166,6 +167,21 @@ def test_windows_cover_the_canvas_and_one_window_is_the_model(tiny_sd15: Path) -
     one: Any = Windows(model, [Window((0, 0, 8, 8))])
     scheduler = build("ddim", model.scheduler_config, 2)
     assert torch.allclose(denoise(one, first, scheduler, text, Guidance(2.0)), plain, atol=1e-4)
+
+
+def test_windows_walk_whole_steps_whatever_the_economy_of_the_model(tiny_sd15: Path) -> None:
+    model = Model.from_pretrained(tiny_sd15, device="cpu", dtype=torch.float32)
+    text = [model.encode_text(["a face"])]
+    windows: Any = Windows(model, [Window((0, 0, 8, 8))])
+
+    def made(economy: Economy) -> torch.Tensor:
+        model.economy = economy
+        scheduler = build("ddim", model.scheduler_config, 4)
+        generators = [torch.Generator().manual_seed(1)]
+        first = start(scheduler, noise(model.latent_shape(64, 64), generators))
+        return denoise(windows, first, scheduler, text, Guidance(2.0))
+
+    assert torch.equal(made(Economy(reuse=2, least=1)), made(EXACT))
 
 
 @pytest.mark.parametrize("base", ["tiny_sd15", "tiny_sdxl"])
