@@ -127,11 +127,12 @@ class Describer:
         """Glasses, beard, hat and mood."""
         glasses, hat = answers["glasses"], answers["hat"]
         found = Fact("glasses", "none")
-        if float(1 - glasses[GLASSES.index("none")]) > 0.7:
+        # Ties, shadows, brows and collars look like beards and glasses to either net, but seldom to both.
+        framed = _share(seen.of("eye_g"), _oval(56, 52, 40, 16)) > 0.01
+        if framed and float(1 - glasses[GLASSES.index("none")]) > 0.5:
             dark = float(glasses[GLASSES.index("sunglasses")]) > 0.5
             found = Fact("glasses", "sunglasses" if dark else GLASSES[1 + int(glasses[1:3].argmax())])
-        # Ties, shadows and collars look like beards to either net, but seldom to both.
-        bearded = float(answers["beard"]) > 0.2 and _share(seen.of("beard"), _oval(56, 104, 34, 24)) > 0.2
+        bearded = float(answers["beard"]) > 0.2 and _share(seen.of("beard"), _oval(56, 104, 34, 24)) > 0.15
         covered = float(1 - hat[HATS.index("none")]) > 0.7 and _share(seen.of("hat"), _oval(56, 0, 52, 26)) > 0.3
         facts = [found, Fact("beard", "yes" if bearded else "no")]
         facts += [Fact("hat", HATS[1 + int(hat[1:].argmax())])] if covered else []

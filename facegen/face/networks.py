@@ -202,26 +202,27 @@ class AttributeJudge(nn.Module):
     :data:`KINDS`, as ``fact.{kind}``, to logits (B, classes).
     """
 
-    def __init__(self, widths: Sequence[int] = (32, 64, 96, 160), hidden: int = 192) -> None:
+    def __init__(self, widths: Sequence[int] = (16, 48, 96, 128), hidden: int = 160) -> None:
         super().__init__()
         a, b, c, d = widths
         self.config: dict[str, Any] = {"net": "attributes", "widths": list(widths), "hidden": hidden}
         self.body = nn.Sequential(
-            _conv(3, a, 7, 4),  # (B, a, 32, 32)
+            _conv(3, a, 5, 2),  # (B, a, 64, 64): an iris is three pixels wide
             PlainBlock(a, b, 2),
-            PlainBlock(b, b),
             PlainBlock(b, c, 2),
             PlainBlock(c, c),
-            PlainBlock(c, d, 2),  # (B, d, 4, 4)
+            PlainBlock(c, d, 2),
+            PlainBlock(d, d),  # (B, d, 8, 8)
         )
-        self.mix = nn.Sequential(nn.Linear(d * 16, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Dropout(0.1))
+        self.squeeze = _conv(d, 40, 1)
+        self.mix = nn.Sequential(nn.Linear(40 * 64, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Dropout(0.1))
         self.sizes: dict[str, int] = {name: len(classes) for name, classes in CATEGORIES.items()}
         self.sizes |= dict.fromkeys((*AMOUNTS, *VALUES), 1)
         self.sizes |= {f"fact.{kind}": len(values) for kind, values in KINDS.items()}
         self.head = nn.Linear(hidden, sum(self.sizes.values()))
 
     def forward(self, pictures: Tensor) -> dict[str, Tensor]:
-        answers = self.head(self.mix(self.body(pictures).flatten(1))).float()
+        answers = self.head(self.mix(self.squeeze(self.body(pictures)).flatten(1))).float()
         parts = zip(self.sizes, answers.split(list(self.sizes.values()), 1), strict=True)
         return {name: part[:, 0] if name in AMOUNTS or name in VALUES else part for name, part in parts}
 

@@ -108,7 +108,7 @@ def test_renders_obey_their_own_captions_best(mini: Path) -> None:
     assert own > other + 0.2
     assert spread_of_looks(judges, [pictures, pictures]) == pytest.approx(0, abs=1e-6)
     assert spread_of_looks(judges, [pictures, pictures.roll(1, 0)]) > 0.1
-    assert judges.features(pictures).shape == (8, 160)
+    assert judges.features(pictures).shape == (8, judges.attributes_net.config["widths"][-1])
 
 
 def test_one_run_has_ceilings_and_floors_and_goes_on_where_it_was(mini: Path, tmp_path: Path) -> None:
