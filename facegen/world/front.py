@@ -245,10 +245,10 @@ def _skeleton(count: int, generator: torch.Generator) -> _Capsules:
             at = to
     out = _even((count,), 0.15, 1.2, generator)
     at = torch.stack([zero - 0.22, zero - 0.35, 0.1 * towards[:, 0]], 1)
-    for segment, (step, radius) in enumerate(((0.42, 0.19), (0.38, 0.15), (0.3, 0.135))):
+    for segment, (far, wide) in enumerate(((0.42, 0.19), (0.38, 0.15), (0.3, 0.135))):
         turned = out * (1.0, 0.85, 0.6)[segment]
-        to = at + step * torch.stack([-turned.sin(), turned.cos(), 0.25 * towards[:, 0]], 1)
-        add(at, to, zero + radius, zero + radius * 0.9, _TIP if segment == 2 else _FLESH)
+        to = at + far * torch.stack([-turned.sin(), turned.cos(), 0.25 * towards[:, 0]], 1)
+        add(at, to, zero + wide, zero + wide * 0.9, _TIP if segment == 2 else _FLESH)
         at = to
     bend = 0.35 * torch.randn(count, generator=generator)
     arm = torch.stack([bend.sin(), -bend.cos(), zero], 1)
@@ -302,8 +302,8 @@ def _hand(place: _Place, color: Tensor, size: int, generator: torch.Generator) -
     def seen(values: Tensor) -> Tensor:
         return values.gather(1, picked).view_as(u)
 
-    ends = tuple(torch.stack([seen(end[..., i]) for i in range(3)], 1) for end in (bones.start, bones.end))
-    along, x, y, radius = _across((u, v), (ends[0], ends[1]), (seen(bones.first), seen(bones.last)))
+    start, end = (torch.stack([seen(one[..., i]) for i in range(3)], 1) for one in (bones.start, bones.end))
+    along, x, y, radius = _across((u, v), (start, end), (seen(bones.first), seen(bones.last)))
     x, y = x / radius, y / radius
     normal = torch.stack([x, y, torch.sqrt((1 - x * x - y * y).clamp(min=0))], -1)
     kind = bones.kind[which]
