@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from facegen.training.cache import CachePlan
+from facegen.training.cache import Cache, CachePlan
+from facegen.training.diffusion import DiffusionObjective, DiffusionSettings, Lessons, new_adapters, new_model
+from facegen.training.vae import VAESettings, new_vae
 from facegen.world.parameters import GROUPS, HAIR_COLORS
 from facegen.world.sampling import scenes_for
 
@@ -71,3 +73,22 @@ def _draw_cache(folder: Path, people: int = 8, pictures: int = 4, first: int = 0
 def draw_cache() -> Callable[..., Path]:
     """``draw_cache(folder, people=8, pictures=4)`` makes a picture cache of the toy world."""
     return _draw_cache
+
+
+@pytest.fixture(scope="session")
+def tiny_teaching(tmp_path_factory: pytest.TempPathFactory) -> Callable[[DiffusionSettings], DiffusionObjective]:
+    """``tiny_teaching(sizes)``: the diffusion's lessons on nine pictures of the toy world, with tiny random nets."""
+
+    def make(sizes: DiffusionSettings) -> DiffusionObjective:
+        from facegen.world.tokenizer import build_tokenizer
+
+        pictures = Cache(_draw_cache(tmp_path_factory.mktemp("pictures"), people=3, pictures=3))
+        generator = torch.Generator().manual_seed(1)
+        latents = torch.randn(len(pictures), 4, 16, 16, generator=generator).half()
+        lessons = Lessons(pictures, latents, torch.randn(len(pictures), 128, generator=generator))
+        torch.manual_seed(0)
+        vae = new_vae(VAESettings(channels=(16, 16, 32, 32), latent_channels=4)).requires_grad_(False)
+        model = new_model(vae, build_tokenizer(tmp_path_factory.mktemp("tokenizer")), sizes)
+        return DiffusionObjective(model, new_adapters(model, 128, sizes), lessons, sizes, lessons)
+
+    return make

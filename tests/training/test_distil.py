@@ -13,21 +13,16 @@ import torch
 from facegen.models.lora import load_lora
 from facegen.schedulers import build
 from facegen.training import walks
-from facegen.training.cache import Cache
 from facegen.training.checkpoint import save_tensors
 from facegen.training.diffusion import (
     SCHEDULER,
     Batch,
     DiffusionObjective,
     DiffusionSettings,
-    Lessons,
-    new_adapters,
-    new_model,
 )
 from facegen.training.distil import DistilObjective, DistilSettings, LowRankSet, nearest
 from facegen.training.mini import EXTRA
 from facegen.training.reader import LatentReader
-from facegen.training.vae import VAESettings, new_vae
 
 SIZES = DiffusionSettings(
     channels=(32, 64), text_width=128, text_layers=1, queries=2, resampler_depth=1, rank=2, batch=6, base=False,
@@ -36,17 +31,8 @@ SIZES = DiffusionSettings(
 
 
 @pytest.fixture(scope="module")
-def objective(draw_cache: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> DistilObjective:
-    from facegen.world.tokenizer import build_tokenizer
-
-    pictures = Cache(draw_cache(tmp_path_factory.mktemp("pictures"), people=3, pictures=3))
-    generator = torch.Generator().manual_seed(1)
-    latents = torch.randn(len(pictures), 4, 16, 16, generator=generator).half()
-    lessons = Lessons(pictures, latents, torch.randn(len(pictures), 128, generator=generator))
-    torch.manual_seed(0)
-    vae = new_vae(VAESettings(channels=(16, 16, 32, 32), latent_channels=4)).requires_grad_(False)
-    model = new_model(vae, build_tokenizer(tmp_path_factory.mktemp("tokenizer")), SIZES)
-    teaching = DiffusionObjective(model, new_adapters(model, 128, SIZES), lessons, SIZES, lessons)
+def objective(tiny_teaching: Callable[[DiffusionSettings], DiffusionObjective]) -> DistilObjective:
+    teaching = tiny_teaching(SIZES)
     return DistilObjective(teaching, DistilSettings(rank=4, batch=6, walks=(2, 3), ways=SIZES.ways))
 
 

@@ -10,12 +10,10 @@ import pytest
 import torch
 
 from facegen.face.networks import DetectorNet, RecogniserNet
-from facegen.training.cache import Cache
-from facegen.training.diffusion import DiffusionObjective, DiffusionSettings, Lessons, new_adapters, new_model
+from facegen.training.diffusion import DiffusionObjective, DiffusionSettings
 from facegen.training.loop import Budget, LoopSettings, run
 from facegen.training.mini import Workshop, _wear
 from facegen.training.reward import RewardObjective, RewardSettings
-from facegen.training.vae import VAESettings, new_vae
 
 SIZES = DiffusionSettings(
     channels=(32, 64), text_width=128, text_layers=1, queries=2, resampler_depth=1, rank=2, batch=6,
@@ -24,22 +22,11 @@ SIZES = DiffusionSettings(
 
 
 @pytest.fixture(scope="module")
-def objective(draw_cache: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> RewardObjective:
-    from facegen.world.tokenizer import build_tokenizer
-
-    pictures = Cache(draw_cache(tmp_path_factory.mktemp("pictures"), people=3, pictures=3))
-    generator = torch.Generator().manual_seed(1)
-    latents = torch.randn(len(pictures), 4, 16, 16, generator=generator).half()
-    lessons = Lessons(pictures, latents, torch.randn(len(pictures), 128, generator=generator))
-    torch.manual_seed(0)
-    vae = new_vae(VAESettings(channels=(16, 16, 32, 32), latent_channels=4)).requires_grad_(False)
-    model = new_model(vae, build_tokenizer(tmp_path_factory.mktemp("tokenizer")), SIZES)
-    teaching = DiffusionObjective(model, new_adapters(model, 128, SIZES), lessons, SIZES)
+def objective(tiny_teaching: Callable[[DiffusionSettings], DiffusionObjective]) -> RewardObjective:
+    teaching = tiny_teaching(SIZES)
     recogniser = RecogniserNet(widths=(8, 8, 16)).eval().requires_grad_(False)
     detector = DetectorNet(widths=(4, 4, 8, 8, 8), neck=8).eval().requires_grad_(False)
-    torch.nn.init.constant_(
-        detector.score.bias, 4.0
-    )  # an untrained detector sees no faces; this one sees them anywhere
+    torch.nn.init.constant_(detector.score.bias, 4.0)  # untrained it sees no faces; now it sees them anywhere
     return RewardObjective(teaching, recogniser, detector, RewardSettings(painted=3, walks=(2,), guidance=2.0))
 
 
