@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,8 +13,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # ahead of the first import of Triton
 from tests.bench.bench_attention import TINY, backward, table, tune
-from tests.bench.bench_generate import Setup, compare
-from tests.bench.cases import SMALL
+from tests.bench.bench_generate import ROOT
 from tests.bench.sheet import Sheet
 
 
@@ -31,9 +32,15 @@ def test_the_kernel_s_tables_are_written(tmp_path: Path) -> None:
     assert text.count("| 16 | 16 | 16 | 4 | 1 |") == 1
 
 
-def test_the_sides_of_a_gpu_make_diffusers_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_sides_of_a_gpu_make_diffusers_picture() -> None:
     if torch.cuda.is_available():
         pytest.skip("in bfloat16 the last bits differ")
-    monkeypatch.setattr(torch._dynamo.config, "disable", True)  # what is marked and copied stays, compiling does not
-    rows = compare(Setup(SMALL, "instantid", 2, 1, None), ("diffusers", "compiled", "graphs"), 1)
-    assert all(row["difference"] < 1e-4 for row in rows)
+    code = (
+        "from tests.bench.bench_generate import Setup, compare; from tests.bench.cases import SMALL; "
+        "rows = compare(Setup(SMALL, 'instantid', 2, 1, None), ('diffusers', 'compiled', 'graphs'), 1); "
+        "assert len(rows) == 3; assert all(row['difference'] < 1e-4 for row in rows), rows"
+    )
+    # What is marked and copied stays, compiling does not; in a process of its own, for what was left uncompiled once
+    # stays so.
+    env = os.environ | {"TORCHDYNAMO_DISABLE": "1"}
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, check=True, timeout=300)
