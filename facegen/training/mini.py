@@ -61,7 +61,7 @@ WORDS_SETTINGS = LoopSettings(learning_rate=1e-3, weight_decay=0.01, bfloat16=Tr
 DIFFUSION_SETTINGS = LoopSettings(
     learning_rate=8e-4, warmup=150, weight_decay=0.01, average=0.998, bfloat16=True, seed=7
 )
-REWARD_SETTINGS = replace(DIFFUSION_SETTINGS, learning_rate=5e-4, warmup=40, average=0.99, seed=41)
+REWARD_SETTINGS = replace(DIFFUSION_SETTINGS, learning_rate=3e-4, warmup=40, average=0.99, seed=41)
 
 
 @dataclass(frozen=True)
