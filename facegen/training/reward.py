@@ -95,10 +95,8 @@ class RewardObjective(Objective):
         quicken(teaching.model.vae)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        return [
-            *self.teaching.parameter_groups(),
-            {"params": list(self.critic.parameters()), "muon": False, "scale": 3.0},
-        ]
+        """Those of the lessons; the critic learns faster, or it lags behind what it judges."""
+        return [*self.teaching.parameter_groups(), {"params": list(self.critic.parameters()), "scale": 3.0}]
 
     def batch(self, step: int, generator: torch.Generator) -> Batch:
         return self.teaching.batch(step, generator)
@@ -135,16 +133,23 @@ class RewardObjective(Objective):
         count = settings.walks[int(roll[0] * len(settings.walks))]
         noise = torch.randn(batch.latents.shape, generator=generator, device=generator.device)
         with torch.no_grad():
-            low = unasked(teaching, batch)
-            way = guided(plain(teaching.model, teaching.conditions(batch)), low, settings.guidance)
+            low, lows = unasked(teaching, batch), list[Tensor]()
+
+            def without(noisy: Tensor, steps: Tensor) -> Tensor:
+                lows.append(low(noisy, steps))
+                return lows[-1]
+
+            way = guided(plain(teaching.model, teaching.conditions(batch)), without, settings.guidance)
             places, end = walk(way, teaching.velocity, noise, LEVELS, count)
             points, found = self.points(teaching.model.decode(end))
             # At the first there is only noise.
             chosen = count - 1 if roll[1] < settings.last else 1 + int(roll[2] * (count - 1))
             place = places[chosen]
-            without = low(place.noisy, place.steps)
-        with_all = teaching.answered(lambda: teaching.conditions(batch), place.noisy, place.steps).float()
-        velocity = without + settings.guidance * (with_all - without)
+
+        def with_all(noisy: Tensor, steps: Tensor) -> Tensor:
+            return teaching.answered(lambda: teaching.conditions(batch), noisy, steps).float()
+
+        velocity = guided(with_all, lambda noisy, steps: lows[chosen], settings.guidance)(place.noisy, place.steps)
         clean, certain = teaching.velocity.clean(velocity, place.noisy, place.steps)
         crops = aligned_crops(teaching.model.decode(clean), points, self.recogniser.config["size"])
         who = self.recogniser(crops * 2 - 1).float()
