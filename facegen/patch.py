@@ -11,10 +11,12 @@ from torch import Tensor
 
 from facegen import schedulers
 from facegen.conditions import ChannelsCondition, Condition, KeepCondition, pair
-from facegen.denoise import Guidance, OnStep, denoise, noise
+from facegen.denoise import Guidance, OnStep, noise
 from facegen.errors import WrongRequest
 from facegen.given_noise import instead
 from facegen.models.base import Model
+from facegen.models.slid import Slide
+from facegen.sliding import denoise_slid
 
 _MARKED = 0.02  # below this a mask is only the soft edge of one that was cut out and resized
 
@@ -24,7 +26,7 @@ class Run:
     """How a picture is made: the scheduler's name, how many steps, which guidance.
 
     change: 1 starts from noise alone, less from the picture with less noise on it, 0 changes nothing.
-    noise: of unit variance (B, C, h, w), in place of what the generators draw.
+    noise: of unit variance (B, C, h, w), in place of what the generators draw. slides: what sliders do meanwhile.
     """
 
     scheduler: str = schedulers.OWN
@@ -32,6 +34,7 @@ class Run:
     guidance: Guidance = field(default_factory=Guidance)
     change: float = 1.0
     noise: Tensor | None = None
+    slides: tuple[Slide, ...] = ()
 
 
 def latent_mask(model: Model, hole: Tensor) -> Tensor:
@@ -89,8 +92,9 @@ def repaint(
     photo = None
     if run.change < 1.0:
         photo = (model.encode_image(picture[None]) if begin is None else begin).expand(len(start), -1, -1, -1)
-    latents = denoise(
+    latents = denoise_slid(
         model,
+        run.slides,
         schedulers.start(scheduler, start, photo),
         scheduler,
         [*conditions, *kept],

@@ -149,6 +149,10 @@ class ShapeJudge(Protocol):
         """What → how far."""
         ...
 
+    def expression(self, image: Any) -> Mapping[str, float]:
+        """The coefficients of a portrait's expression, as far as the judge knows them."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class Judges:
@@ -328,6 +332,13 @@ class MiniShape:
             "expression error": difference(units[0], units[1]),
             "pose error, degrees": difference(turns[0], turns[1]),
         }
+
+    def expression(self, image: Any) -> Mapping[str, float]:
+        from facegen.evaluation.shape import shapes
+        from facegen.world.parameters import EXPRESSION
+
+        units = shapes(self.nets, (image,))[0][0]
+        return {unit.name: value for unit, value in zip(EXPRESSION, units.tolist(), strict=True) if value == value}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
 
     from facegen.adapter import Guest
     from facegen.conditions import Condition
-    from facegen.denoise import Step
     from facegen.face.head import Head
     from facegen.face.paste import Box
     from facegen.models.slid import Slide
@@ -175,6 +173,7 @@ class GeneratePipeline(Pipeline[GenerateRequest]):
     def paint(
         self, request: GenerateRequest, conditions: Sequence[Condition], watch: Watch, indices: Sequence[int] | None
     ) -> Iterator[Painted]:
+        from facegen.models.sliders import asked
         from facegen.models.windows import Windows
 
         assert request.seed is not None
@@ -190,6 +189,7 @@ class GeneratePipeline(Pipeline[GenerateRequest]):
         ]
         shaped += self._light(request, size)
         everything = [prompt, *who.conditions, *shaped, *loras, *conditions]
+        wanted = self._wanted_expression(request)
         model: Any = self.host(request.adapters)
         model = Windows(model, who.windows) if who.windows else model
         batches = list(self.batches(request.num_images_per_prompt, request.batch_size, indices))
@@ -203,12 +203,14 @@ class GeneratePipeline(Pipeline[GenerateRequest]):
             pixels, measures = self.model.decode(latents), tuple[Mapping[str, float], ...]()
             if request.repair and who.everyone and not request.people:
                 pixels, measures = self._repaired(request, who, everything, batch, pixels)
+            if wanted:
+                measures = self._with_expression(request, wanted, pixels, measures)
             done += len(batch)
             yield Painted(
                 indices=batch,
                 pixels=pixels,
                 references=who.everyone[0].references if len(who.everyone) == 1 else (),
-                prompt=request.prompt,
+                prompt=asked(request.prompt, request.sliders),
                 warnings=who.warnings,
                 people=tuple(one.references for one in who.everyone) if request.people else (),
                 homes=who.homes,
@@ -226,9 +228,9 @@ class GeneratePipeline(Pipeline[GenerateRequest]):
     ) -> Tensor:
         """Latents (B, 4, h, w) of the pictures at these places."""
         from facegen import schedulers
-        from facegen.denoise import Guidance, denoise, noise, part_of_runs
+        from facegen.denoise import Guidance, noise
         from facegen.given_noise import instead
-        from facegen.models.slid import Slid
+        from facegen.sliding import denoise_slid
 
         assert request.seed is not None
         generators = self.generators(request.seed, batch)
@@ -253,23 +255,7 @@ class GeneratePipeline(Pipeline[GenerateRequest]):
         begin = schedulers.start(scheduler, start, None if photo is None else photo.expand_as(start))
         guidance = Guidance(request.guidance_scale)
         slides = self._slides(request, conditions)
-        if not slides:
-            return denoise(model, begin, scheduler, acting, guidance, generators, on_step)
-        fresh, again = copy.deepcopy(scheduler), [one.clone_state() for one in generators]
-        plain: list[Tensor] = []  # what no slider touches stays as in the plain run, which therefore comes first
-
-        def first(step: Step) -> None:
-            plain.append(step.latents)
-            if on_step is not None:
-                on_step(part_of_runs(step, 0, 2))
-
-        def second(step: Step) -> None:
-            if on_step is not None:
-                on_step(part_of_runs(step, 1, 2))
-
-        denoise(model, begin, scheduler, acting, guidance, generators, first)
-        slid: Any = Slid(model, slides, plain)
-        return denoise(slid, begin, fresh, acting, guidance, again, second)
+        return denoise_slid(model, slides, begin, scheduler, acting, guidance, generators, on_step)
 
     def _run_apart(
         self,
@@ -498,6 +484,40 @@ class GeneratePipeline(Pipeline[GenerateRequest]):
         )
         return adapter.conditions_from_embeddings(row, self.model, asked)
 
+    def _wanted_expression(self, request: GenerateRequest) -> Mapping[str, float]:
+        """The coefficients that are asked for; none where nothing can tell whether they were reached."""
+        from facegen.face.parse import portrait
+
+        asked = request.expression or request.expression_from is not None
+        if not asked or request.people or not request.expression_strength:
+            return {}
+        shape = self.judges(request.adapters).shape
+        if shape is None:
+            return {}
+        if request.expression_from is None:
+            return request.expression
+        photo = self.photo(request.expression_from)
+        return shape.expression(portrait(photo, self.one_face(photo, request.select, "that photo").points))
+
+    def _with_expression(
+        self,
+        request: GenerateRequest,
+        wanted: Mapping[str, float],
+        pixels: Tensor,
+        measures: Sequence[Mapping[str, float]],
+    ) -> tuple[Mapping[str, float], ...]:
+        """The measures of the pictures (B, 3, H, W) with how far each is from the coefficients that were wanted."""
+        from facegen.images import to_pil
+
+        shape = self.judges(request.adapters).shape
+        assert shape is not None
+        told = []
+        for one, known in zip(pixels, measures or [{}] * len(pixels), strict=True):
+            found = shape.expression(to_pil(one))
+            missed = [abs(found[name] - value) for name, value in wanted.items() if name in found]
+            told.append({**known, "expression error": round(sum(missed) / len(missed), 4)} if missed else known)
+        return tuple(told)
+
     def _geometry(self, request: GenerateRequest, who: _Cast, size: tuple[int, int]) -> list[Condition]:
         from facegen.models.geometry import Geometry, read
 
@@ -627,14 +647,15 @@ class GeneratePipeline(Pipeline[GenerateRequest]):
         """One picture (3, H, W) repaired, if the judges find that it became better and stayed the same person."""
         from facegen import repair
         from facegen.images import to_pil
+        from facegen.models.sliders import asked
 
         assert request.seed is not None
         judges = self.judges(request.adapters)
         if judges.prompt is None:
             return pixels, {}
-        before = to_pil(pixels)
-        obedience = judges.prompt.obedience(request.prompt, before)
-        parts = repair.parts_of(repair.missed(request.prompt, obedience))
+        before, wish = to_pil(pixels), asked(request.prompt, request.sliders)
+        obedience = judges.prompt.obedience(wish, before)
+        parts = repair.parts_of(repair.missed(wish, obedience))
         if not parts:
             return pixels, {}
         size, (prompt, *rest) = (pixels.shape[-2], pixels.shape[-1]), conditions
@@ -649,7 +670,7 @@ class GeneratePipeline(Pipeline[GenerateRequest]):
         person = list(who.conditions) if inside else repair.without(who.conditions, mask)
         mended = self._borrowed(request, [prompt, *person, *plain], (pixels, answer, mask), place)
         after = to_pil(mended)
-        now = judges.prompt.obedience(request.prompt, after)
+        now = judges.prompt.obedience(wish, after)
         likeness = [self._likeness(request, who, one) for one in (before, after)]
         lost = max(0.0, likeness[0] - likeness[1])
         better = len(now.hit) > len(obedience.hit) and lost <= 0.1
@@ -683,7 +704,13 @@ class GeneratePipeline(Pipeline[GenerateRequest]):
         drawn = noise(shape, self.generators(request.seed, (place,)), device=self.model.device, dtype=self.model.dtype)
         start = instead(drawn, request.noise_of((place,)))
         looks = self._look(request, answer, conditions, start, 1.0, mask)
-        run = Run(request.scheduler, request.num_inference_steps, Guidance(request.guidance_scale), noise=start)
+        run = Run(
+            request.scheduler,
+            request.num_inference_steps,
+            Guidance(request.guidance_scale),
+            noise=start,
+            slides=tuple(self._slides(request, conditions)),
+        )
         generators = self.generators(request.seed, (place,))
         made = repaint(self.model, pixels.float().cpu(), mask, [*conditions, *looks], run, generators)[0]
         soft = feather(mask, 0.015 * max(pixels.shape[-2:]))

@@ -28,7 +28,7 @@ FLOORS = (
     {"conditions", "examples", "metadata", "look"},
     {"economy", "few_steps", "eight_bits"},
     {"models", "lending", "memory", "schedulers", "given_noise"},
-    {"denoise"},
+    {"denoise", "sliding"},
     {"patch", "steering"},
     {"adapter", "adapters"},
     {"training", "evaluation", "report"},

@@ -39,6 +39,7 @@ SLIDERS: Mapping[str, tuple[str, str]] = {
     "gaze": ("looking to the right", "looking to the left"),
 }
 APART = "|"
+WHOLE = 1.0  # from here on a slider goes as far as its words would, were they in the prompt
 Encode = Callable[[str], TextCondition]
 
 
@@ -58,6 +59,19 @@ def words(name: str) -> tuple[str, str]:
             f" 'more{APART}less', or the {SAFE} file of one that was learnt."
         )
     return more, less
+
+
+def asked(prompt: str, sliders: Mapping[str, float]) -> str:
+    """A prompt with what the sliders ask for, too: the words of those that go the whole way.
+
+    Raises WrongRequest as `words` does.
+    """
+    told = [
+        words(name)[strength < 0]
+        for name, strength in sliders.items()
+        if abs(strength) >= WHOLE and name not in files(sliders)
+    ]
+    return ", ".join(filter(None, (prompt, *told)))
 
 
 def slides(

@@ -17,6 +17,7 @@ from facegen.errors import WrongRequest
 from facegen.models.base import Model
 from facegen.models.slid import Slid, Slide, most_changed
 from facegen.models.sliders import SLIDERS, slides, words
+from facegen.models.sliders import asked as asked_in_words
 from facegen.schedulers import build, start
 from facegen.training.objectives.slider import SliderNet
 
@@ -112,6 +113,12 @@ def test_words_come_behind_the_prompt(model: Model) -> None:
     assert words("freckled | pale") == ("freckled", "pale")
     with pytest.raises(WrongRequest, match="leaves no room"):
         slides(lambda prompt: text, PROMPT, text, {"age": 1.0}, {})
+
+
+def test_what_sliders_ask_for_in_words() -> None:
+    asking = {"smile": -1.0, "age": 0.9, "beard": -2.0, "mine.safetensors": 1.0, "with a scarf|without a scarf": 1.0}
+    assert asked_in_words("a face", asking) == "a face, sad, with a scarf"  # away from a beard has no words
+    assert asked_in_words("", {"smile": 1.5}) == "smiling"
 
 
 def test_a_prompt_that_an_adapter_wrote_moves_as_the_plain_one(model: Model) -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from facegen import examples
 from facegen.adapter import find_adapters
 from facegen.errors import WrongMask, WrongRequest
 from facegen.images import to_tensor
@@ -204,3 +205,17 @@ def test_parts_of_arc2face(pipe: GeneratePipeline, tiny: Path, drawn: Drawn) -> 
 def test_who_brings_in_several_people() -> None:
     several = {name: kind.together for name, kind in find_adapters().items() if kind.together > 1}
     assert several == {"storymaker": 3, "precisecontrol": 2}
+
+
+def test_how_far_a_picture_is_from_the_expression_asked_for(mini: Path) -> None:
+    pipe = GeneratePipeline.from_pretrained("mini")
+    call: dict[str, Any] = {"num_inference_steps": 2, "seed": 1, "faces": "example:1"}
+    out = pipe(expression={"smile": 0.9, "jaw_open": 0.1}, **call)
+    shape = pipe.judges(out.request.adapters).shape
+    assert shape is not None
+    found = shape.expression(out.images[0])
+    wanted = (abs(found["smile"] - 0.9) + abs(found["jaw_open"] - 0.1)) / 2
+    assert out.reports[0].measures == {"expression error": pytest.approx(wanted, abs=1e-4)}
+    photo = examples.photo("example:3")
+    measured = pipe(expression_from=photo, **call).reports[0].measures
+    assert 0 < measured["expression error"] < 1

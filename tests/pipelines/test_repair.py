@@ -15,7 +15,7 @@ from facegen import repair
 from facegen.conditions import TokenCondition
 from facegen.errors import WrongRequest
 from facegen.face.parse import REGIONS
-from facegen.pipelines.generate import GeneratePipeline
+from facegen.pipelines.generate import GeneratePipeline, GenerateRequest
 from facegen.report import Judges, Obedience
 from facegen.world.facts import FACTS
 
@@ -29,9 +29,11 @@ class Reader:
 
     def __init__(self, content: bool) -> None:
         self.content, self.seen = content, 0
+        self.heard: list[str] = []
 
     def obedience(self, prompt: str, image: Any) -> Obedience:
         self.seen += 1
+        self.heard.append(prompt)
         asked = ("red hair", "glasses")
         return Obedience(asked=asked, hit=asked if self.content and self.seen > 1 else asked[1:])
 
@@ -92,6 +94,34 @@ def test_without_a_person_or_a_part_nothing_is_done(
     empty = worn(True)(repair=True, **call)
     assert empty.reports[0].measures == {}
     assert np.array_equal(pixels(empty.images[0]), pixels(worn(True)(**call).images[0]))
+
+
+def test_sliders_go_on_in_what_is_painted_anew(pipe: GeneratePipeline) -> None:
+    generator = torch.Generator().manual_seed(2)
+    pixels = torch.rand(3, 64, 64, generator=generator)
+    answer = torch.randn(1, *pipe.model.latent_shape(64, 64), generator=generator)
+    mask = torch.zeros(1, 64, 64)
+    mask[:, :32] = 1
+
+    def borrowed(**fields: Any) -> torch.Tensor:
+        request = GenerateRequest(prompt=PROMPT, num_inference_steps=5, guidance_scale=3.0, seed=1, **fields)
+        return pipe._borrowed(request, [pipe.words(request, ())], (pixels, answer, mask), 0)
+
+    plain, moved = borrowed(), borrowed(sliders={"smile": 2.0})
+    assert torch.equal(borrowed(sliders={"smile": 0.0}), plain)
+    assert not torch.equal(moved[:, :32], plain[:, :32])
+    assert torch.equal(moved[:, 32:], plain[:, 32:])
+
+
+def test_what_a_slider_asks_for_is_not_lost(worn: Callable[[bool], GeneratePipeline], drawn: Drawn) -> None:
+    """The words of a slider that goes the whole way are judged with the prompt, before and after."""
+    pipe = worn(True)
+    reader = pipe.judges(()).prompt
+    assert isinstance(reader, Reader)
+    call: dict[str, Any] = {"faces": drawn(1), "prompt": PROMPT, **QUICK}
+    pipe(repair=True, sliders={"smile": 1.0, "age": 0.5}, **call)
+    assert len(reader.heard) == 3  # before and after repair, and for the report
+    assert set(reader.heard) == {f"{PROMPT}, smiling"}
 
 
 def test_facts_and_their_parts() -> None:
