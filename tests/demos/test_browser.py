@@ -5,14 +5,17 @@ FACEGEN_SCREENSHOTS names a folder to leave screenshots in.
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from facegen import metadata
 
@@ -28,7 +31,7 @@ FLAGS = (
     "--disable-component-update",
     "--no-first-run",
 )
-PATIENCE = 120_000  # milliseconds: a busy machine is no failure
+PATIENCE = 240_000  # milliseconds: a busy machine is no failure
 
 
 @pytest.fixture(scope="module")
@@ -193,3 +196,84 @@ def test_read_refuses_a_picture_of_somebody_else(page: Any, tmp_path: Path) -> N
     page.get_by_role("tab", name="Read").click()
     page.locator("#read-picture input[type=file]").set_input_files(str(tmp_path / "plain.png"))
     assert "no facegen metadata" in _toast(page)
+
+
+@pytest.mark.slow
+def test_the_brush_says_what_is_painted_anew(page: Any, tmp_path: Path) -> None:
+    """A stroke over the face in a photo that is shown at another size: pixels change under it, and nowhere else."""
+    generator = np.random.default_rng(0)
+    photo = generator.integers(60, 200, (300, 480, 3), dtype=np.uint8)
+    photo[120:180, 260:320] = generator.integers(0, 60, (60, 60, 3), dtype=np.uint8) + np.array([150, 0, 0], np.uint8)
+    Image.fromarray(photo).save(tmp_path / "photo.png")
+    page.get_by_role("tab", name="Inpaint").click()
+    page.locator("#inpaint-field-image input[type=file]").set_input_files(str(tmp_path / "photo.png"))
+    page.locator("#inpaint-field-mask canvas").last.scroll_into_view_if_needed()
+    _until(page, lambda: _still(page) and _shown(_brushed(page)).mean() > 0.4)
+    before, box = _brushed(page), page.locator("#inpaint-field-mask canvas").last.bounding_box()
+    rows, columns = _inside(_shown(before))
+    x = box["x"] + columns.start + (columns.stop - columns.start) * 0.55
+    y = box["y"] + rows.start + (rows.stop - rows.start) * 0.45
+    page.mouse.move(x, y)
+    page.mouse.down()
+    page.mouse.move(x + 40, y + 10, steps=8)
+    page.mouse.up()
+    page.mouse.move(box["x"] + 5, box["y"] - 20)  # the brush's own ring goes with the mouse
+    _until(page, lambda: _still(page) and int((_white(_brushed(page)) & _shown(before)).sum()) > 500)
+    stroke = _white(_brushed(page)) & _shown(before)
+    painted = np.asarray(Image.fromarray(stroke[rows, columns]).resize((480, 300), Image.Resampling.NEAREST))
+    assert 0.3 < painted[120:180, 260:320].mean() < 1
+
+    page.locator("#inpaint-field-num_inference_steps input[type=number]").fill("2")
+    page.locator("#inpaint-field-num_inference_steps input[type=number]").press("Tab")
+    page.locator("#inpaint-field-prompt textarea").fill("a face")
+    page.click("#inpaint-go")
+    page.wait_for_function("() => document.querySelector('#inpaint-status').innerText.trim() === '1 picture'")
+    source = page.locator("#inpaint-pictures img").first.get_attribute("src")
+    (tmp_path / "made.png").write_bytes(page.request.get(source).body())
+    made = np.asarray(Image.open(tmp_path / "made.png").convert("RGB"))
+    assert made.shape == photo.shape
+    differ = (made != photo).any(-1)
+    assert not differ[~_grown(painted, 4)].any()
+    assert differ[~_grown(~painted, 4)].mean() > 0.9
+
+
+def _brushed(page: Any) -> np.ndarray:
+    """What the box with the brush shows, (H, W, 3) int16."""
+    box = page.locator("#inpaint-field-mask canvas").last.bounding_box()
+    return np.asarray(Image.open(io.BytesIO(page.screenshot(clip=box))).convert("RGB"), np.int16)
+
+
+def _still(page: Any) -> bool:
+    """Whether it shows the same for a moment: the editor fits what it shows into its place step by step."""
+    first = _brushed(page)
+    page.wait_for_timeout(300)
+    return np.array_equal(first, _brushed(page))
+
+
+def _until(page: Any, met: Callable[[], bool]) -> None:
+    """Waits for what no event of the page tells."""
+    deadline = time.monotonic() + PATIENCE / 1000
+    while not met():
+        assert time.monotonic() < deadline, "The page did not get there in time."
+        page.wait_for_timeout(200)
+
+
+def _shown(canvas: np.ndarray) -> np.ndarray:
+    """Where a canvas shows the photo: neither the page's white nor its light frame."""
+    found: np.ndarray = canvas.max(2) < 225
+    return found
+
+
+def _white(canvas: np.ndarray) -> np.ndarray:
+    found: np.ndarray = canvas.min(2) > 250
+    return found
+
+
+def _inside(shown: np.ndarray) -> tuple[slice, slice]:
+    """The rows and the columns that a photo takes: buttons lie beside it."""
+    rows, columns = (shown.mean(1) > 0.3).nonzero()[0], (shown.mean(0) > 0.3).nonzero()[0]
+    return slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
+
+
+def _grown(mask: np.ndarray, radius: int) -> np.ndarray:
+    return np.asarray(Image.fromarray(mask).convert("L").filter(ImageFilter.MaxFilter(2 * radius + 1))) > 0
