@@ -1,8 +1,8 @@
 """Prompts worded as no caption of the training words them, to see whether words or sentences were learnt.
 
 Two ways, which never mix. "sentences" tells a fact in the words that captions use, but in a sentence that they never
-form ("the hair is red"). "words" uses a word for it that captions never use ("ginger hair"). Nothing that trains may
-read this module.
+form ("the hair is red"). "words" uses a word for it that captions never use ("raven hair"), of which the model knows
+no more than what ``facegen.world.wordings.synonyms`` lends it. Nothing that trains may read this module.
 """
 
 from __future__ import annotations
@@ -59,52 +59,36 @@ _SENTENCES: _Phrases = {
     ("light_color", "warm"): ("the light is warm",),
     ("light_color", "cool"): ("the light is cool",),
 }  # fmt: skip
-_WORDS: _Phrases = {
-    ("gender", "woman"): ("female",),
-    ("gender", "man"): ("male",),
+_WORDS: _Phrases = {  # every one with a word of facegen.world.wordings.RESERVED
     ("hair_color", "black"): ("raven hair",),
-    ("hair_color", "brown"): ("chestnut hair",),
-    ("hair_color", "red"): ("ginger hair", "auburn hair", "copper hair"),
-    ("hair_color", "gray"): ("silver hair", "greying hair"),
-    ("hair_color", "blond"): ("golden hair",),
-    ("hair_style", "bald"): ("a shaved head",),
-    ("hair_style", "buzz cut"): ("a crew cut",),
-    ("hair_style", "short"): ("cropped hair",),
-    ("hair_style", "bob"): ("shoulder length hair",),
+    ("hair_color", "red"): ("copper hair",),
     ("hair_style", "curly"): ("frizzy hair",),
     ("hair_style", "bun"): ("a topknot",),
     ("glasses", "round"): ("circular spectacles",),
     ("glasses", "square"): ("squared spectacles",),
-    ("glasses", "sunglasses"): ("wearing shades",),
     ("hat", "beanie"): ("wearing a woolly hat",),
     ("beard", "yes"): ("bearded",),
     ("moustache", "yes"): ("moustached",),
     ("stubble", "yes"): ("unshaven",),
-    ("freckles", "yes"): ("freckled",),
-    ("eye_makeup", "yes"): ("mascara", "smoky eyes"),
+    ("eye_makeup", "yes"): ("mascara",),
     ("skin", "light"): ("a light complexion",),
     ("skin", "dark"): ("a dark complexion",),
-    ("expression", "smiling"): ("beaming", "joyful", "friendly"),
-    ("expression", "laughing"): ("cracking up", "bursting with laughter"),
-    ("expression", "sad"): ("tearful", "gloomy", "depressed"),
-    ("expression", "angry"): ("mad", "grumpy", "irritated"),
-    ("expression", "surprised"): ("amazed", "startled", "stunned"),
-    ("expression", "disgusted"): ("repulsed", "grossed out"),
-    ("expression", "worried"): ("frightened", "nervous"),
-    ("expression", "kissing"): ("duck face", "pursed lips"),
-    ("expression", "puffed cheeks"): ("blown up cheeks",),
+    ("expression", "smiling"): ("beaming",),
+    ("expression", "sad"): ("gloomy",),
+    ("expression", "angry"): ("irritated",),
+    ("expression", "surprised"): ("startled",),
+    ("expression", "disgusted"): ("repulsed",),
+    ("expression", "worried"): ("nervous",),
+    ("expression", "kissing"): ("pursed lips",),
     ("eyes", "closed"): ("asleep",),
     ("looking", "left"): ("glancing left",),
     ("looking", "right"): ("glancing right",),
-    ("tilt", "up"): ("chin raised, head raised",),
     ("tilt", "down"): ("head lowered",),
-    ("clothes", "shirt"): ("wearing a blouse",),
     ("clothes", "turtleneck"): ("wearing a pullover",),
-    ("clothes", "suit"): ("wearing a blazer", "wearing a tuxedo"),
+    ("clothes", "suit"): ("wearing a blazer",),
     ("light", "left"): ("sidelit from the left",),
     ("light", "right"): ("sidelit from the right",),
     ("light_color", "warm"): ("candlelight",),
-    ("light_color", "cool"): ("moonlight",),
 }  # fmt: skip
 PHRASES: Mapping[str, _Phrases] = {"sentences": _SENTENCES, "words": _WORDS}
 _BEGINNINGS: Mapping[str, str] = {"sentences": "a picture of a person", "words": "a person"}

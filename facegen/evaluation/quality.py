@@ -339,7 +339,10 @@ def _psnr(error: Tensor, parsing: Tensor, classes: Sequence[str]) -> float:
 
 
 def _phrased(stage: Stage, way: str, painter: Painter) -> Figures:
-    """Prompts of one to three facts in a way that captions do not have ("captions": the same facts in theirs)."""
+    """Prompts of one to three facts in a way that captions do not have.
+
+    "captions": the same facts in theirs; "lists": the words of captions with nothing around them but strokes.
+    """
     from facegen.evaluation.phrasings import phrased
     from facegen.world.captions import describe, say
     from facegen.world.facts import FACTS
@@ -354,7 +357,11 @@ def _phrased(stage: Stage, way: str, painter: Painter) -> Figures:
         for count in (1 + row % 3, 1):
             found = found or phrased(facts, "words" if way == "words" else "sentences", count, generator)
         text, told = found or ("a portrait of a person", ())
-        texts.append(", ".join(["a portrait of a person", *map(say, told)]) if way == "captions" else text)
+        usual = list(map(say, told))
+        texts.append(
+            ", ".join(["a portrait of a person", *usual]) if way == "captions"
+            else " / ".join(usual or ["person"]) if way == "lists" else text
+        )  # fmt: skip
         asked.append(told)
     (pictures,) = painter.paint(None, [texts])
     true = stage.others[0].pictures

@@ -58,6 +58,7 @@ class DiffusionSettings:
 
     ways: share of the batches that teach each way; faces: share of rows with a face in a "prompt" batch;
     no_prompt, no_face: share of rows whose prompt or face is left out, so that guidance has something to lean on.
+    free: share of the prompts that are worded as people type them.
     """
 
     channels: tuple[int, ...] = (64, 128, 192)
@@ -74,6 +75,7 @@ class DiffusionSettings:
     no_prompt: float = 0.1
     no_face: float = 0.1
     no_points: float = 0.1
+    free: float = 0.5
     steering: float = 2.0  # factor on the learning rate of what listens to prompts and faces
     likeness: float = 0.4  # weights of what the reader of latents says about the clean estimate: who …
     obedience: float = 0.3  # … and what it shows
@@ -205,8 +207,9 @@ class DiffusionObjective(DenoisingObjective):
         roll = torch.rand(4, count, generator=generator)
         with_face = roll[0] < (settings.faces if way == "prompt" else 1 - settings.no_face)
         scenes = self._scenes[id(lessons)][rows]
-        plain = caption(scenes, generator)
-        named = caption(scenes, generator, subject="id person") if way == "prompt" else plain
+        free = settings.free
+        plain = caption(scenes, generator, free=free)
+        named = caption(scenes, generator, subject="id person", free=free) if way == "prompt" else plain
         prompts = [
             "" if drop and not (face and way == "prompt") else (b if face else a)
             for a, b, face, drop in zip(
@@ -283,6 +286,19 @@ class DiffusionObjective(DenoisingObjective):
                 total.append(self._loss(batch, noise, timesteps)[f"loss_{way}"])
             found[f"held_out_loss_{way}"] = round(float(torch.stack(total).mean()), 4)
         return found
+
+
+@torch.no_grad()
+def lend_words(model: Model, words: Mapping[str, str]) -> None:
+    """Give words that were never taught the token embedding of a word of the same meaning.
+
+    words: the usual word for each (``wordings.synonyms``). Those that are no single token are passed over.
+    """
+    table = model.text_encoder.get_input_embeddings().weight
+    for word, usual in words.items():
+        (own, other) = (model.tokenizer(one, add_special_tokens=False).input_ids for one in (word, usual))
+        if len(own) == len(other) == 1:
+            table[own[0]] = table[other[0]]
 
 
 @torch.no_grad()

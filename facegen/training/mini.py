@@ -358,10 +358,13 @@ def write_model(shop: Workshop) -> None:
 
 
 def _write(objective: DiffusionObjective, shop: Workshop) -> None:
-    from facegen.training.diffusion import save_base
+    from facegen.training.diffusion import lend_words, save_base
+    from facegen.world.captions import taught_words
+    from facegen.world.wordings import synonyms
 
     objective.module.eval()
     if objective.settings.base:
+        lend_words(objective.model, synonyms(taught_words()))
         save_base(cast("SD15Model", objective.model), shop.output / "base")
     for name, adapter in objective.adapters.items():
         adapter.save(shop.output / "adapters" / name, dtype=torch.float16)

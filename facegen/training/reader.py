@@ -63,6 +63,16 @@ def disobedience(answers: Tensor, wanted: Tensor) -> Tensor:
     return total / named.clamp_min(1)
 
 
+def shares(answers: Tensor) -> Tensor:
+    """The probability of each value of each kind, (B, values of all kinds), from logits of the same shape."""
+    return torch.cat([part.softmax(1) for part in answers.float().split(SIZES, 1)], 1)
+
+
+def unnamed(wanted: Tensor) -> Tensor:
+    """Which values belong to kinds that the prompts leave wholly open, (B, values of all kinds) bool."""
+    return torch.cat([part.all(1, keepdim=True).expand_as(part) for part in wanted.split(SIZES, 1)], 1)
+
+
 class LatentNet(nn.Module):
     """Latents (B, C, 16, 16) to answers (B, outputs)."""
 
@@ -204,7 +214,8 @@ class WordsObjective(Objective):
         rows = shuffled(len(self.lessons.pictures), self.size, step, self.seed)
         with_face = torch.rand(len(rows), generator=generator) < 0.5
         scenes = self.scenes[rows]
-        plain, named = caption(scenes, generator), caption(scenes, generator, subject="id person")
+        plain = caption(scenes, generator, free=0.5)
+        named = caption(scenes, generator, subject="id person", free=0.5)
         prompts = [b if face else a for a, b, face in zip(plain, named, with_face.tolist(), strict=True)]
         return prompts, self.lessons.embeddings[rows].float() * with_face[:, None]
 
@@ -217,9 +228,7 @@ class WordsObjective(Objective):
         unlike = ((1 - F.cosine_similarity(who, embeddings)) * present).sum() / present.sum().clamp_min(1)
         wanted = asked(prompts)
         # A kind that is named counts like all that are not: prompts name a few of them only.
-        named = torch.cat(
-            [(~part.all(1, keepdim=True)).expand_as(part) for part in wanted.split(SIZES, 1)], 1
-        ).float()  # fmt: skip
+        named = (~unnamed(wanted)).float()
         errors = F.binary_cross_entropy_with_logits(what, wanted.float(), reduction="none")
         facts = (errors * named).sum() / named.sum().clamp_min(1) + (errors * (1 - named)).sum() / (1 - named).sum()
         return {"loss": unlike + facts, "unlike": unlike, "facts": facts}

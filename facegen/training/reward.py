@@ -12,7 +12,7 @@ error alone leaves hair and grounds in a haze. The judges of the evaluation are 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -24,8 +24,9 @@ from facegen.face.networks import DetectorNet, RecogniserNet
 from facegen.face.warp import aligned_crops
 from facegen.models.norms import quicken
 from facegen.training.loop import Objective
-from facegen.training.reader import disobedience
+from facegen.training.reader import SIZES, disobedience, shares, unnamed
 from facegen.training.walks import LEVELS, guided, plain, rows_of, unasked, walk
+from facegen.world.facts import FACTS
 
 if TYPE_CHECKING:
     from facegen.training.diffusion import Batch, DiffusionObjective
@@ -38,6 +39,8 @@ class RewardSettings:
     walks: how many steps a walk may have; guidance: theirs.
     likeness, obedience: weights of how unlike the person the recogniser finds the estimate, and of how far from the
     prompt the reader of latents finds it; look: of how untrue the critic finds what comes of it.
+    uneven: weight of how much more often than true pictures the painted ones show something that nobody asked for, of
+    the ``varied`` kinds of facts.
     last: share of the rewards that are given at the walk's last place, where the estimate is the finished picture.
     haze: noise that the critic looks through, so that it sees no more than eyes would.
     share: how far the finished weights go from those before towards the rewarded ones.
@@ -45,11 +48,14 @@ class RewardSettings:
 
     lessons: int = 16
     painted: int = 8
+    nobody: int = 2
     walks: tuple[int, ...] = (3, 4, 5)
     guidance: float = 3.0
     likeness: float = 1.0
     obedience: float = 0.3
     look: float = 0.04
+    uneven: float = 1.0
+    varied: tuple[str, ...] = ("looking", "tilt", "expression", "eyes", "mouth")
     last: float = 0.5
     haze: float = 0.1
     share: float = 0.7
@@ -74,6 +80,38 @@ class Critic(nn.Module):
         return opinion.float()
 
 
+class Habits(nn.Module):
+    """How often true and painted pictures show each value of the kinds of facts, where prompts leave it open.
+
+    The likeness is easiest to see in a calm face that looks ahead, so that its reward alone leads to such faces only.
+    """
+
+    def __init__(self, memory: float = 0.98) -> None:
+        super().__init__()
+        self.memory = memory
+        even = torch.cat([torch.full((size,), 1 / size) for size in SIZES])
+        self.register_buffer("true", even.clone())
+        self.register_buffer("painted", even.clone())
+
+    @torch.no_grad()
+    def see(self, name: str, seen: Tensor, unasked: Tensor) -> None:
+        """Remember shares (B, values) where ``unasked`` (B, values); name: "true" or "painted"."""
+        known = self.get_buffer(name)
+        mean = (seen * unasked).sum(0) / unasked.sum(0).clamp_min(1)
+        weight = (1 - self.memory) * (unasked.any(0))
+        known.copy_(known.lerp(mean, weight))
+
+    def uneven(self, seen: Tensor, unasked: Tensor, kinds: Sequence[str]) -> Tensor:
+        """Shares (B, values) weighed by how much too often each is painted, mean over rows and kinds."""
+        excess = (
+            (self.get_buffer("painted").clamp_min(1e-3) / self.get_buffer("true").clamp_min(1e-3)).log().clamp(-2, 2)
+        )
+        meant = torch.cat([torch.full((size,), kind in kinds) for kind, size in zip(FACTS, SIZES, strict=True)])
+        counts = unasked & meant
+        each = counts / torch.cat([torch.full((size,), float(size)) for size in SIZES])  # a kind counts once
+        return (seen * excess * counts).sum() / each.sum().clamp_min(1)
+
+
 class RewardObjective(Objective):
     """The lessons of :class:`DiffusionObjective`, and beside them the reward of the model's own pictures."""
 
@@ -90,7 +128,9 @@ class RewardObjective(Objective):
 
         self.teaching, self.settings = teaching, settings
         self.critic = Critic(teaching.lessons.latents.shape[1])
-        self.module = nn.ModuleDict({**cast(nn.ModuleDict, teaching.module), "critic": self.critic})
+        self.habits = Habits()
+        own = {"critic": self.critic, "habits": self.habits}
+        self.module = nn.ModuleDict({**cast(nn.ModuleDict, teaching.module), **own})
         self.recogniser, self.points = recogniser, lambda images: strongest(detector, images)
         quicken(teaching.model.vae)
 
@@ -112,21 +152,24 @@ class RewardObjective(Objective):
                 + settings.likeness * said["unlike"]
                 + settings.obedience * said["amiss"]
                 + settings.look * said["untrue"]
+                + settings.uneven * said["uneven"]
                 + said["critic"]
             )
             losses |= {f"painted_{name}": value.detach() for name, value in said.items()}
         return losses
 
     def _chosen(self, batch: Batch) -> Batch:
-        """The first rows that ask for somebody."""
-        rows = (batch.who != 0).any(1).nonzero()[: self.settings.painted, 0]
-        return rows_of(batch, rows)
+        """The first rows that ask for somebody, and the first that ask for what a prompt says alone."""
+        somebody, settings = (batch.who != 0).any(1), self.settings
+        prompted = torch.tensor([bool(prompt) for prompt in batch.prompts])
+        alone = (~somebody & prompted).nonzero()[: settings.nobody, 0]
+        return rows_of(batch, torch.cat([somebody.nonzero()[: settings.painted - len(alone), 0], alone]))
 
     def reward(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         """What is said of the pictures that the model paints of a batch, each the smaller the better.
 
-        unlike: the people (1 - cosine); amiss: what the prompts ask for; untrue: by the critic, 0 at places before the
-        last; critic: its own loss.
+        unlike: the people (1 - cosine); amiss: what the prompts ask for; uneven: what they leave open; untrue: by the
+        critic, 0 at places before the last; critic: its own loss.
         """
         settings, teaching = self.settings, self.teaching
         roll = torch.rand(3, generator=generator, device=generator.device).tolist()
@@ -153,12 +196,18 @@ class RewardObjective(Objective):
         clean, certain = teaching.velocity.clean(velocity, place.noisy, place.steps)
         crops = aligned_crops(teaching.model.decode(clean), points, self.recogniser.config["size"])
         who = self.recogniser(crops * 2 - 1).float()
-        counts = certain * found
+        counts = certain * found * (batch.who != 0).any(1)
         said = {"unlike": (counts * (1 - F.cosine_similarity(who, batch.who))).sum() / counts.sum().clamp_min(1e-6)}
-        said["amiss"] = said["untrue"] = torch.zeros(())
+        said["amiss"] = said["untrue"] = said["uneven"] = torch.zeros(())
         if teaching.reader is not None:
             what = teaching.reader(clean.contiguous(memory_format=torch.channels_last))[1]
             said["amiss"] = (certain * disobedience(what, batch.wanted)).mean()
+            open_kinds = unnamed(batch.wanted)
+            for name, latents in (("true", batch.latents), ("painted", end)):
+                with torch.no_grad():
+                    seen = shares(teaching.reader(latents.contiguous(memory_format=torch.channels_last))[1])
+                self.habits.see(name, seen, open_kinds)
+            said["uneven"] = self.habits.uneven(shares(what), open_kinds, settings.varied)
         hazes = settings.haze * torch.randn((2, *end.shape), generator=generator, device=generator.device)
         true, painted = self.critic(batch.latents + hazes[0]), self.critic(end + hazes[1])
         said["critic"] = (1 - true).relu().mean() + (1 + painted).relu().mean()

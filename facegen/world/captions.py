@@ -7,10 +7,11 @@ their reading from a prompt live in ``facts`` and ``words`` and can be had from 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
+from facegen.world.dice import Dice
 from facegen.world.facts import (
     FACTS,
     LOOSE,
@@ -25,6 +26,7 @@ from facegen.world.facts import (
 )
 from facegen.world.parameters import Scenes
 from facegen.world.sampling import named_generator
+from facegen.world.wordings import RESERVED, told_freely
 from facegen.world.words import known_words, parse_prompt
 
 __all__ = [
@@ -169,15 +171,16 @@ _COUNTS = (6.0, 14.0, 20.0, 22.0, 18.0, 12.0, 8.0)  # how often 0, 1, … 6 fact
 # -- captions -------------------------------------------------------------------------------------------------------
 
 
-def caption(scenes: Scenes, generator: torch.Generator, *, subject: str | None = None) -> list[str]:
+def caption(scenes: Scenes, generator: torch.Generator, *, subject: str | None = None, free: float = 0.0) -> list[str]:
     """One caption per picture, of no to six facts beside the person's age and gender.
 
     ``subject`` replaces the words for the person: "id person" gives "photo of a id person with red hair, smiling",
-    in which age and gender, which the identity brings along, go unmentioned.
+    in which age and gender, which the identity brings along, go unmentioned. ``free``: share of the pictures (0 to 1)
+    that are told in the many ways in which people type prompts (``wordings``).
     """
     facts = _true_values(scenes)
-    rolls = torch.rand(len(scenes), _Dice.SIDES, generator=generator, device=generator.device).tolist()
-    return [_caption(own, _Dice(roll), subject) for own, roll in zip(facts, rolls, strict=True)]
+    rolls = torch.rand(len(scenes), Dice.SIDES, generator=generator, device=generator.device).tolist()
+    return [_caption(own, Dice(roll), subject, free) for own, roll in zip(facts, rolls, strict=True)]
 
 
 def captions_for(
@@ -186,8 +189,8 @@ def captions_for(
     """Captions of the pictures that ``scenes_for(seed, people, pictures)`` drew: each depends on its name alone."""
     found = []
     for own, person, picture in zip(_true_values(scenes), people, pictures, strict=True):
-        roll = torch.rand(_Dice.SIDES, generator=named_generator(seed, "caption", person, picture))
-        found.append(_caption(own, _Dice(roll.tolist()), subject))
+        roll = torch.rand(Dice.SIDES, generator=named_generator(seed, "caption", person, picture))
+        found.append(_caption(own, Dice(roll.tolist()), subject))
     return found
 
 
@@ -211,12 +214,25 @@ def say(fact: Fact) -> str:
 
 def vocabulary() -> tuple[str, ...]:
     """Every word that a caption can hold or ``parse_prompt`` understands, sorted; marks and "id" included."""
+    return tuple(sorted({*usual_words(), *_split(" ".join(known_words()))}))
+
+
+def taught_words() -> frozenset[str]:
+    """The words of all captions, free wordings among them."""
+    return frozenset(vocabulary()) - RESERVED
+
+
+def usual_words() -> frozenset[str]:
+    """The words and marks of captions that are not worded freely."""
     wordings: list[str] = [*_BEGINNINGS, "a an and with wearing in on against id person the o s", ", - '"]
     for table in (_NOUNS, _AGES, _COLORS, _HAIR, _GLASSES, _HATS, _CLOTHES, _BACKGROUNDS, _HAVING, _DOING):
         wordings += [phrase.replace("{c}", "") for phrases in table.values() for phrase in phrases]
     wordings += [value for values in FACTS.values() for value in values]
-    wordings += known_words()
-    return tuple(sorted({word for wording in wordings for word in re.findall(r"[^\W\d_]+|[^\w\s]", wording.lower())}))
+    return frozenset(_split(" ".join(wordings)))
+
+
+def _split(text: str) -> list[str]:
+    return re.findall(r"[^\W\d_]+|[^\w\s]", text.lower())
 
 
 def _true_values(scenes: Scenes) -> list[dict[str, str]]:
@@ -228,33 +244,9 @@ def _true_values(scenes: Scenes) -> list[dict[str, str]]:
     ]
 
 
-class _Dice:
-    """Uniform numbers read one after the other."""
-
-    SIDES = 96
-
-    def __init__(self, roll: Sequence[float]) -> None:
-        self.roll = iter(roll)
-
-    def chance(self, probability: float) -> bool:
-        return next(self.roll) < probability
-
-    def pick(self, options: Sequence[str]) -> str:
-        return options[int(next(self.roll) * len(options))]
-
-    def weighted(self, weights: Sequence[float]) -> int:
-        point = next(self.roll) * sum(weights)
-        for place, weight in enumerate(weights):
-            point -= weight
-            if point < 0:
-                return place
-        return len(weights) - 1
-
-    def shuffled(self, values: Iterable[str]) -> list[str]:
-        return [value for _, value in sorted((next(self.roll), value) for value in values)]
-
-
-def _caption(facts: Mapping[str, str], dice: _Dice, subject: str | None) -> str:
+def _caption(facts: Mapping[str, str], dice: Dice, subject: str | None, free: float = 0.0) -> str:
+    if free and dice.chance(free):
+        return told_freely(facts, _chosen(facts, dice), dice, subject)
     told = _chosen(facts, dice)
     having: list[str] = []
     wearing: list[str] = []
@@ -284,7 +276,7 @@ def _caption(facts: Mapping[str, str], dice: _Dice, subject: str | None) -> str:
     return re.sub(r"\ba (?!id\b)(?=[aeiou])", "an ", whole)
 
 
-def _chosen(facts: Mapping[str, str], dice: _Dice) -> list[str]:
+def _chosen(facts: Mapping[str, str], dice: Dice) -> list[str]:
     """The kinds to tell, in random order; "hair" stands for its style and colour."""
     told = {kind for kind in facts if (kind, facts[kind]) in _HAVING or (kind, facts[kind]) in _DOING}
     told |= {"clothes", "background"}
@@ -301,7 +293,7 @@ def _chosen(facts: Mapping[str, str], dice: _Dice) -> list[str]:
     return chosen
 
 
-def _tell_hair(facts: Mapping[str, str], dice: _Dice, before: list[str], having: list[str]) -> None:
+def _tell_hair(facts: Mapping[str, str], dice: Dice, before: list[str], having: list[str]) -> None:
     style, color = facts.get("hair_style"), _colored(facts, "hair_color", dice, 0.85)
     if style == "bald":
         # "photo of a id person with a bald head": no room before that subject
@@ -318,14 +310,14 @@ def _tell_hair(facts: Mapping[str, str], dice: _Dice, before: list[str], having:
         having.append(dice.pick(_HAIR[style]).format(c=color))
 
 
-def _colored(facts: Mapping[str, str], kind: str, dice: _Dice, probability: float) -> str:
+def _colored(facts: Mapping[str, str], kind: str, dice: Dice, probability: float) -> str:
     """The colour and a space, or nothing when it goes unsaid or is not seen."""
     if not dice.chance(probability) or kind not in facts:
         return ""
     return dice.pick(_COLORS.get(facts[kind], (facts[kind],))) + " "
 
 
-def _worn(kind: str, facts: Mapping[str, str], dice: _Dice) -> str:
+def _worn(kind: str, facts: Mapping[str, str], dice: Dice) -> str:
     if (kind, facts[kind]) in _HAVING:
         return dice.pick(_HAVING[kind, facts[kind]])
     if kind == "glasses":
@@ -336,7 +328,7 @@ def _worn(kind: str, facts: Mapping[str, str], dice: _Dice) -> str:
     return dice.pick(table[facts[kind]]).format(c=_colored(facts, f"{kind}_color", dice, 0.8))
 
 
-def _who(facts: Mapping[str, str], dice: _Dice, before: Sequence[str], subject: str | None) -> str:
+def _who(facts: Mapping[str, str], dice: Dice, before: Sequence[str], subject: str | None) -> str:
     if subject is not None:
         return f"a {subject}"  # not "an id person": the prompt these weights were trained with
     gender = facts.get("gender", "") if dice.chance(0.85) else ""
@@ -344,7 +336,7 @@ def _who(facts: Mapping[str, str], dice: _Dice, before: Sequence[str], subject: 
     return " ".join(["a", *dice.shuffled([*age, *before]), dice.pick(_NOUNS[gender])])
 
 
-def _tail(having: list[str], wearing: list[str], doing: list[str], dice: _Dice) -> str:
+def _tail(having: list[str], wearing: list[str], doing: list[str], dice: Dice) -> str:
     """Everything after the person: a sentence, or a list as people type it."""
     if dice.chance(0.3):
         loose = dice.shuffled([_bare(phrase) for phrase in (*having, *doing)] + [f"wearing {one}" for one in wearing])

@@ -17,6 +17,7 @@ from facegen.training.diffusion import (
     DiffusionObjective,
     DiffusionSettings,
     Lessons,
+    lend_words,
     new_adapters,
     new_model,
     save_base,
@@ -207,6 +208,20 @@ def test_training_lowers_the_loss_and_what_is_written_loads_in_plain_diffusers(
     for name in objective.adapters:
         loaded = load_adapter(tmp_path / "adapters" / name, model)
         assert type(loaded) is type(objective.adapters[name])
+
+
+def test_a_word_that_was_never_taught_is_lent_what_its_synonym_learnt(objective: DiffusionObjective) -> None:
+    model = objective.model
+    table = model.text_encoder.get_input_embeddings().weight
+    before = table.detach().clone()
+    copper, red, smiling = (
+        model.tokenizer(one, add_special_tokens=False).input_ids[0] for one in ("copper", "red", "smiling")
+    )
+    lend_words(model, {"copper": "red", "many words": "red", "unheardof": "red"})
+    assert torch.equal(table[copper], before[red])
+    changed = (table != before).any(1).nonzero().flatten().tolist()
+    assert changed == [copper]
+    assert smiling not in changed
 
 
 def test_an_unknown_stage_is_refused(tmp_path: Path) -> None:

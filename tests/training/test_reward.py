@@ -13,7 +13,10 @@ from facegen.face.networks import DetectorNet, RecogniserNet
 from facegen.training.diffusion import DiffusionObjective, DiffusionSettings
 from facegen.training.loop import Budget, LoopSettings, run
 from facegen.training.mini import Workshop, _wear
-from facegen.training.reward import RewardObjective, RewardSettings
+from facegen.training.reader import _PLACES, shares
+from facegen.training.reader import SIZES as READER_SIZES
+from facegen.training.reward import Habits, RewardObjective, RewardSettings
+from facegen.world.facts import FACTS
 
 SIZES = DiffusionSettings(
     channels=(32, 64), text_width=128, text_layers=1, queries=2, resampler_depth=1, rank=2, batch=6,
@@ -61,7 +64,45 @@ def test_the_lessons_go_on_beside_it(objective: RewardObjective) -> None:
     assert both["loss_ip_adapter_faceid"] == lesson["loss_ip_adapter_faceid"]
     gap = float(both["loss"].detach() - lesson["loss"].detach())
     said = float(both["painted_unlike"] + both["painted_critic"] + objective.settings.look * both["painted_untrue"])
+    assert both["painted_uneven"] == 0  # nobody reads latents here
     assert gap == pytest.approx(said, rel=1e-4)
+
+
+def test_some_of_the_painted_are_asked_for_by_the_prompt_alone(objective: RewardObjective) -> None:
+    batch = replace(_batch(objective, "prompt"), prompts=["smiling"] * 6)  # type: ignore[type-var]
+    somebody = torch.tensor([1.0, 0.0, 1.0, 0.0, 0.0, 1.0])[:, None]
+    batch = replace(batch, who=torch.nn.functional.normalize(batch.who + 1, dim=1) * somebody)
+    chosen = objective._chosen(batch)
+    assert (chosen.who != 0).any(1).tolist() == [True, False, False]
+    # Nobody's likeness is asked of them.
+    nobody = replace(chosen, who=torch.zeros_like(chosen.who))
+    assert objective.reward(nobody, torch.Generator().manual_seed(4))["unlike"] == 0
+
+
+def test_what_is_painted_too_often_is_held_against_it() -> None:
+    habits, place = Habits(memory=0.5), _PLACES["looking", "ahead"]
+    true = torch.cat([torch.full((8, size), 1 / size) for size in READER_SIZES], 1)
+    painted = true.clone()
+    start = place - FACTS["looking"].index("ahead")
+    painted[:, start : start + 3] = torch.tensor([0.05, 0.9, 0.05])
+    everything = torch.ones_like(true, dtype=torch.bool)
+    for _ in range(12):
+        habits.see("true", true, everything)
+        habits.see("painted", painted, everything)
+    logits = torch.zeros_like(true, requires_grad=True)
+    habits.uneven(shares(logits), everything, ("looking",)).backward()
+    assert logits.grad is not None
+    pushed = logits.grad[0, start : start + 3]
+    assert pushed[1] > 0 > pushed[0]
+    assert pushed[0] == pytest.approx(float(pushed[2]), rel=1e-4)
+    assert logits.grad[:, :start].abs().max() == 0  # the other kinds are not meant
+    # What was asked for is no habit.
+    asked = everything.clone()
+    asked[:, start : start + 3] = False
+    assert habits.uneven(painted, asked, ("looking",)) == 0
+    before = habits.get_buffer("painted").clone()
+    habits.see("painted", true, torch.zeros_like(everything))
+    assert torch.equal(before, habits.get_buffer("painted"))
 
 
 def test_the_critic_learns_and_is_not_moved_by_whom_it_judges(objective: RewardObjective) -> None:
@@ -86,9 +127,9 @@ def test_the_critic_learns_and_is_not_moved_by_whom_it_judges(objective: RewardO
     assert losses[-1] < losses[0]
 
 
-def test_without_anybody_asked_for_there_is_the_lesson_alone(objective: RewardObjective) -> None:
+def test_without_anything_asked_for_there_is_the_lesson_alone(objective: RewardObjective) -> None:
     batch = _batch(objective, "prompt")
-    nobody = replace(batch, who=torch.zeros(6, 128), embeddings=torch.zeros(6, 128))  # type: ignore[type-var]
+    nobody = replace(batch, who=torch.zeros(6, 128), embeddings=torch.zeros(6, 128), prompts=[""] * 6)  # type: ignore[type-var]
     lesson = objective.teaching.loss(nobody, 0, torch.Generator().manual_seed(5))
     both = objective.loss(nobody, 0, torch.Generator().manual_seed(5))
     assert both["loss"] == lesson["loss"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -19,10 +21,14 @@ from facegen.world.captions import (
     probability,
     say,
     seen_facts,
+    taught_words,
+    usual_words,
     vocabulary,
 )
 from facegen.world.parameters import HAIR_COLORS, HAIR_STYLES, Scenes
 from facegen.world.sampling import sample_people, sample_scenes, scene_for, scenes_for
+from facegen.world.wordings import RESERVED, synonyms
+from facegen.world.words import known_words
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +46,45 @@ def test_a_caption_read_back_is_true_of_its_picture(scenes: Scenes, subject: str
         told += len(found)
         assert found <= set(describe(scenes, row)), text
     assert told > 2 * len(scenes)
+
+
+@pytest.mark.parametrize("subject", [None, "id person"])
+def test_a_free_wording_read_back_is_true_of_its_picture(scenes: Scenes, subject: str | None) -> None:
+    captions = caption(scenes, torch.Generator().manual_seed(3), subject=subject, free=1.0)
+    told = 0
+    for row, text in enumerate(captions):
+        found = set(parse_prompt(text))
+        told += len(found)
+        assert found <= set(describe(scenes, row)), text
+    assert told > 2 * len(scenes)
+    if subject:
+        assert all(text.startswith(f"photo of a {subject}") for text in captions)
+
+
+def test_free_wordings_use_the_words_that_prompts_may_have_but_for_the_reserved(scenes: Scenes) -> None:
+    generator = torch.Generator().manual_seed(5)
+    used = {
+        word for _ in range(20) for text in caption(scenes, generator, free=1.0) for word in re.findall(r"\w+", text)
+    }
+    assert not used & RESERVED
+    understood = known_words() - RESERVED
+    assert len(used & understood) > 0.85 * len(understood), sorted(understood - used)
+    half = caption(scenes, torch.Generator().manual_seed(1), free=0.5)
+    usual = [text for text in half if set(re.findall(r"\w+", text.lower())) <= usual_words()]
+    assert len(half) / 3 < len(usual) < len(half)
+
+
+def test_every_word_that_was_never_taught_has_a_synonym_that_was() -> None:
+    taught = usual_words()
+    found = synonyms(taught)
+    assert found["raven"] == "black"
+    assert found["specs"] == "glasses"
+    assert set(synonyms(taught_words())) < RESERVED
+    assert not set(found) & taught
+    assert set(found.values()) <= taught
+    for word, usual in found.items():
+        own, other = (parse_prompt(one) for one in (word, usual))
+        assert not own or not other or {fact.kind for fact in own} & {fact.kind for fact in other}, (word, usual)
 
 
 def test_captions_vary_and_are_reproducible(scenes: Scenes) -> None:
