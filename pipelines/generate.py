@@ -162,13 +162,14 @@ class GeneratePipeline(Pipeline[GenerateRequest]):
     def resolve(self, request: GenerateRequest) -> GenerateRequest:
         from facegen.models.sliders import files
 
-        self.worn_loras(files(request.sliders))  # a file that cannot be worn is told of now
+        self.worn_loras(files(request.sliders, self.loaded.assets))  # a file that cannot be worn is told of now
         return super().resolve(request)
 
     def _loaded_json(self, request: GenerateRequest) -> dict[str, Any]:
         from facegen.models.sliders import files
 
-        return super()._loaded_json(replace(request, loras={**request.loras, **files(request.sliders)}))
+        learnt = files(request.sliders, self.loaded.assets)
+        return super()._loaded_json(replace(request, loras={**request.loras, **learnt}))
 
     def paint(
         self, request: GenerateRequest, conditions: Sequence[Condition], watch: Watch, indices: Sequence[int] | None
@@ -577,7 +578,7 @@ class GeneratePipeline(Pipeline[GenerateRequest]):
 
         last = [one for one in conditions if isinstance(one, TextCondition)][-1]
         loras = [one for one in conditions if isinstance(one, LoraCondition)]
-        names = files(request.sliders)
+        names = files(request.sliders, self.loaded.assets)
         learnt = dict(zip(names, self.worn_loras(names), strict=True))
         return slides(
             lambda prompt: self.words(replace(request, prompt=prompt), loras),
@@ -666,8 +667,8 @@ class GeneratePipeline(Pipeline[GenerateRequest]):
         mask = repair.region(self.parser, parts, shown)
         if not bool(mask.any()):
             return pixels, {}
-        inside = set(parts) <= repair.INSIDE
-        person = list(who.conditions) if inside else repair.without(who.conditions, mask)
+        left = repair.SHARED if set(parts) <= repair.INSIDE else 0.0
+        person = repair.without(who.conditions, (1 - left) * mask)
         mended = self._borrowed(request, [prompt, *person, *plain], (pixels, answer, mask), place)
         after = to_pil(mended)
         now = judges.prompt.obedience(wish, after)

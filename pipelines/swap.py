@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from facegen.pipeline import Person
 
 TRAINED, BOTH, ADAPTERS, GUIDANCE = "trained", "both", "adapters", "guidance"
-# They stay in front of the new face. Where a hand or a cup is not seen, the request's `front` says where it is.
-OCCLUDERS = ("glasses", "hair", "hat", "clothes", "front")
+# They stay in front of the new face, as hands and things do; where one is not seen, the request's `front` says so.
+OCCLUDERS = ("glasses", "hair", "hat", "clothes")
 _SURELY = 0.3  # chance from which on a pixel shows one of them: a frame left standing is better than one cut through
 _CHANGE = {TRAINED: 1.0}  # the photo is seen by the net: there is no need to begin with it
 _RIM = 0.03  # of a face's width: how far its edge, where the old skin shines through, belongs to it
@@ -172,7 +172,7 @@ class SwapPipeline(Pipeline[SwapRequest]):
         mask = parser.region(canvas, [face], "face")
         before = [one for name in OCCLUDERS for one in REGIONS[name]]
         wide = dilate(mask, round(_RIM * float(face.box[2] - face.box[0])))
-        free = wide * (parser.around(canvas, face, before) < _SURELY)
+        free = wide * (parser.around(canvas, face, before) < _SURELY) * (1 - parser.before(canvas, face))
         return free if float((free * mask).sum()) > _MOST * float(mask.sum()) else mask
 
     def paint(

@@ -57,7 +57,11 @@ REGIONS: Mapping[str, tuple[str, ...]] = {
 }
 SIDE = 128  # pixels; what the net was trained on
 AROUND = 0.75  # the square that is looked at: as much air around the face as the drawings have
-_HIDES = 0.3  # chance from which on something stands in front: rather too much of it stays than too little
+# What stands in front, by the chance that a pixel shows it. A hand comes from beyond the face or is sure for the most
+# part: then all of it counts, however faint. Wrinkles and stubble of photographs are neither, and count where sure.
+_FAINT, _LIKELY, _SURE = 0.1, 0.7, 0.9
+_BEYOND, _SOLID = 0.4, 0.3  # shares of what is seen at all: outside the face, sure
+_EDGE = 0.02  # of a face's width: what the net of 128 pixels cannot see of an edge
 _AGREES = 0.5  # share of its usual place in which the net must find a part to be believed
 
 # Where parts lie in ArcFace's 112-pixel crop: ellipses (x, y, half width, half height).
@@ -129,7 +133,20 @@ class FaceParser:
 
     def before(self, photo: Image.Image, face: Detection | Face) -> Tensor:
         """Where a hand or a thing stands in front of a face, (1, H, W); it is no part of it, wherever points lie."""
-        return (self.around(photo, face, REGIONS["front"]) > _HIDES).float()
+        chance = self.around(photo, face, REGIONS["front"])
+        inside = self.around(photo, face, REGIONS["face"]) > 0.5
+        if face.points is not None:
+            inside |= usual("face", face.points, photo.size) > 0
+        labels, count = _pieces(chance > _FAINT)
+        size, beyond, sure = (
+            torch.bincount(labels[where], minlength=count).float()
+            for where in (labels >= 0, ~inside[0], chance[0] > _SURE)
+        )
+        believed = ((beyond >= _BEYOND * size) & (sure > 0)) | (sure >= _SOLID * size)
+        believed[0] = False  # no piece
+        width = float(face.box[2] - face.box[0])
+        whole = dilate(believed[labels][None].float(), round(_EDGE * width))
+        return torch.maximum(whole, (chance > _LIKELY).float())
 
     def region(self, photo: Image.Image, faces: Sequence[Detection | Face], name: str) -> Tensor:
         """The mask (1, H, W) of a named part of these faces.
@@ -203,12 +220,17 @@ def _near(name: str, face: Detection | Face, size: tuple[int, int]) -> Tensor:
 
 def _joined(found: Tensor, start: Tensor) -> Tensor:
     """The pieces of a mask (1, H, W) that reach into another one: specks far away are mistakes of the net."""
-    import cv2  # type: ignore[import-not-found, unused-ignore]
-
-    _, labels = cv2.connectedComponents(found[0].numpy().astype("uint8"))
-    pieces = torch.from_numpy(labels).long()
+    pieces, _ = _pieces(found > 0)
     kept = torch.unique(pieces[(start[0] > 0) & (found[0] > 0)])
     return torch.isin(pieces, kept[kept > 0])[None].float()
+
+
+def _pieces(found: Tensor) -> tuple[Tensor, int]:
+    """The number (H, W) of the piece that each pixel of a mask (1, H, W) belongs to, 0 for none; how many numbers."""
+    import cv2  # type: ignore[import-not-found, unused-ignore]
+
+    count, labels = cv2.connectedComponents(found[0].numpy().astype("uint8"))
+    return torch.from_numpy(labels).long(), count
 
 
 def portrait(photo: Image.Image, points: Array) -> Image.Image:

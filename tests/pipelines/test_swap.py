@@ -137,6 +137,16 @@ def test_a_hand_before_the_face_stays(swap: SwapPipeline, monkeypatch: pytest.Mo
     handed.check(out.images[0])
 
 
+def test_hands_are_left_out_of_what_is_painted(swap: SwapPipeline) -> None:
+    """As a share of the pixels of each of a dozen hands, and of the skin beside them."""
+    handed = [behind_a_hand(swap.parser, seed) for seed in range(12)]
+    painted = [swap._face_mask(one.photo, one.face)[0].numpy() > 0 for one in handed]
+    hands = [mask[one.hand].mean() for mask, one in zip(painted, handed, strict=True) if one.hand.sum() > 200]
+    assert np.mean(hands) < 0.01
+    assert max(hands) < 0.06
+    assert np.mean([mask[one.skin].mean() for mask, one in zip(painted, handed, strict=True)]) > 0.8
+
+
 def test_the_call_is_read_back(tiny: Path, tiny_pack: Path, me: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.png"
     flags = ["--model", str(tiny / "base"), "--pack", str(tiny_pack), "--device", "cpu", "--steps", "2", "--seed", "3"]
