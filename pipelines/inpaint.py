@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
-from facegen.errors import NoFaceFound, WrongMask, WrongRequest
+from facegen.errors import NoFaceFound, WeightsMissing, WrongMask, WrongRequest
 from facegen.pipeline import Painted, PersonRequest, Pipeline, Watch
 from facegen.request import Photo, Request, choice, integer, mask, names, number, photo, photos, switch
 
@@ -184,6 +184,8 @@ class InpaintPipeline(Pipeline[InpaintRequest]):
                     pasted.append(plan.canvas)
                     continue
                 matched = paste.match_colours(one, seen, (hole == 0).float())
+                if person is not None:
+                    matched = self._in_their_skin(matched, seen, hole)
                 pasted.append(paste.paste(plan.canvas, crop, matched, plan.mask, soft=soft))
             yield Painted(
                 indices=batch,
@@ -194,6 +196,26 @@ class InpaintPipeline(Pipeline[InpaintRequest]):
                 near=None if plan.face is None else cast("Box", tuple(plan.face.box.tolist())),
                 measures=tuple(paste.measured(plan.canvas, one, plan.mask) for one in pasted),
             )
+
+    def _in_their_skin(self, made: Tensor, seen: Tensor, hole: Tensor) -> Tensor:
+        """What was made (3, S, S) with the skin tones of the photo (3, S, S) where skin lies in the hole (1, S, S).
+
+        It is the same person in the same light; a model that knows neither paints a mask into a photograph.
+        """
+        import torch
+
+        from facegen.face import paste
+        from facegen.face.parse import CLASSES, REGIONS
+
+        try:
+            parser = self.parser
+        except WeightsMissing:
+            return made
+        with torch.no_grad():
+            names = [CLASSES.index(name) for name in REGIONS["skin"]]
+            new, old = (parser.chances(one[None])[0, names].sum(0, keepdim=True) for one in (made, seen))
+        toned = paste.match_colours(made, seen, new * old * hole, old)
+        return made.lerp(toned, torch.maximum(new, old))
 
     def _person(self, request: InpaintRequest, plan: _Plan) -> Person | None:
         if request.faces:

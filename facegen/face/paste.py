@@ -150,22 +150,25 @@ def dilate(mask: Tensor, radius: int) -> Tensor:
     return torch.nn.functional.max_pool2d(tall, (1, side), 1, (0, radius))[0]
 
 
-def match_colours(made: Tensor, true: Tensor, where: Tensor) -> Tensor:
+def match_colours(made: Tensor, true: Tensor, where: Tensor, there: Tensor | None = None) -> Tensor:
     """`made` (3, H, W) with the mean and spread of each channel that `true` has where both show the same.
 
-    where: weights (1, H, W); with too little of it `made` comes back as it is. Mean and spread as in Reinhard et al.,
-    "Color Transfer between Images" (2001), in RGB.
+    where: weights (1, H, W); with too little of it `made` comes back as it is. there: the weights for `true`, where it
+    shows that elsewhere. Mean and spread as in Reinhard et al., "Color Transfer between Images" (2001), in RGB.
     """
-    weight = where / where.sum().clamp(min=1e-8)
-    if float(where.sum()) < 16:  # pixels; fewer say nothing of a spread
+    there = where if there is None else there
+    if min(float(where.sum()), float(there.sum())) < 16:  # pixels; fewer say nothing of a spread
         return made
-    mean, goal = ((weight * picture).sum((1, 2), keepdim=True) for picture in (made, true))
-    spread, wanted = (
-        (weight * (picture - centre).square()).sum((1, 2), keepdim=True).sqrt()
-        for picture, centre in ((made, mean), (true, goal))
-    )
+    (mean, spread), (goal, wanted) = _mean_and_spread(made, where), _mean_and_spread(true, there)
     gain = ((wanted + 1e-3) / (spread + 1e-3)).clamp(*_CONTRAST)
     return ((made - mean) * gain + goal).clamp(0, 1)
+
+
+def _mean_and_spread(picture: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each channel, (3, 1, 1) each."""
+    weight = where / where.sum()
+    mean = (weight * picture).sum((1, 2), keepdim=True)
+    return mean, (weight * (picture - mean).square()).sum((1, 2), keepdim=True).sqrt()
 
 
 def blend(photo: Image.Image, made: Tensor, mask: Tensor) -> Image.Image:

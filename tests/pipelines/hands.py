@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from facegen.face.parse import CLASSES, REGIONS, FaceParser
 from facegen.face.types import Face
 from facegen.images import to_pil
 from facegen.world.front import cover
-from facegen.world.render import render
+from facegen.world.render import Rendering, render
 
 SEEDS = (5, 18, 21)  # hands from all sides, over a sixth to a quarter of the face
 
@@ -41,11 +42,16 @@ class Handed:
         assert differ[self.skin].mean() > 0.6
 
 
+@cache
+def _drawn() -> Rendering:
+    return render(examples.scene("example:4"), 256)
+
+
 def behind_a_hand(parser: FaceParser, seed: int) -> Handed:
     """The example person 4 at 256 pixels behind a hand."""
     if parser.net.config["classes"] < len(CLASSES):
         pytest.skip("the embedded net was trained before hands were drawn")
-    drawn = render(examples.scene("example:4"), 256)
+    drawn = _drawn()
     pictures, classes = cover(drawn.rgb, drawn.parsing, torch.Generator().manual_seed(seed), kind="hand")
     photo = to_pil(pictures)
     face = Face(drawn.box[0].numpy(), drawn.landmarks5[0].numpy(), 1.0, np.ones(16, np.float32), photo)

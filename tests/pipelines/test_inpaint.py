@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from facegen import metadata, patch
+from facegen import examples, metadata, patch
 from facegen.cli import command_line, main
 from facegen.denoise import Guidance
 from facegen.errors import FacegenError, NoFaceFound, SeveralFaces, WrongMask, WrongRequest
@@ -118,6 +118,18 @@ def test_the_photos_own_face_or_another_ones(inpaint: InpaintPipeline, tiny: Pat
     assert not changed(plain.images[0], nobody.images[0]).any()
     assert not changed(plain.images[0], none.images[0]).any()
     assert [float(value.double().abs().sum()) for value in inpaint.model.unet.parameters()] == before
+
+
+def test_skin_that_was_made_has_the_tones_of_the_photo(inpaint: InpaintPipeline, mini: Path) -> None:
+    seen = to_tensor(examples.photo("example:4").resize((128, 128)))
+    hole = torch.zeros(1, 128, 128)
+    hole[:, 40:90, 40:90] = 1
+    pale = torch.where(hole > 0, seen * 0.7 + 0.3, seen)
+    toned = inpaint._in_their_skin(pale, seen, hole)
+    before, after = (((one - seen).abs() * hole).sum() / hole.sum() for one in (pale, toned))
+    assert after < 0.4 * before
+    small = torch.zeros(1, 128, 128)
+    assert torch.equal(inpaint._in_their_skin(pale, seen, small), pale), "no hole, nothing to learn from"
 
 
 def test_the_call_is_read_back(
