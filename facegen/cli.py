@@ -136,6 +136,9 @@ class SliderRequest(Request):
     model: str = text("mini", "Slider: the base model it is for.")
     steps: int = integer(300, "Slider: how many steps of training.", low=1, high=1_000_000)
     rank: int = integer(4, "Slider: the rank of its weights.", low=1, high=128)
+    rate: float = number(
+        0.005, "Slider: how fast it learns; more is quicker, too much moves the whole picture.", low=1e-6, high=0.1
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -653,7 +656,7 @@ def _train_slider(request: TrainRequest, asked: SliderRequest, output: Path, wor
     if request.device == "cpu":
         os.environ["ACCELERATE_USE_CPU"] = "true"
     model = Model.from_pretrained(asked.model, dtype=torch.float32, device=request.device)
-    settings = SliderSettings(rank=asked.rank, seed=request.seed)
+    settings = SliderSettings(rank=asked.rank, seed=request.seed, rate=asked.rate)
     steps = max(1, round(asked.steps * request.budget))
     return train_slider(recipe, model, output, work, steps=steps, settings=settings)
 

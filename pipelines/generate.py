@@ -162,13 +162,13 @@ class GeneratePipeline(Pipeline[GenerateRequest]):
     def resolve(self, request: GenerateRequest) -> GenerateRequest:
         from facegen.models.sliders import files
 
-        self.worn_loras(files(request.sliders))  # a file that cannot be worn is told of now
+        self.worn_loras(files(request.sliders, self.loaded.assets))  # a file that cannot be worn is told of now
         return super().resolve(request)
 
     def _loaded_json(self, request: GenerateRequest) -> dict[str, Any]:
         from facegen.models.sliders import files
 
-        learnt = files(request.sliders)
+        learnt = files(request.sliders, self.loaded.assets)
         return super()._loaded_json(replace(request, loras={**request.loras, **learnt}))
 
     def paint(
@@ -578,7 +578,7 @@ class GeneratePipeline(Pipeline[GenerateRequest]):
 
         last = [one for one in conditions if isinstance(one, TextCondition)][-1]
         loras = [one for one in conditions if isinstance(one, LoraCondition)]
-        names = files(request.sliders)
+        names = files(request.sliders, self.loaded.assets)
         learnt = dict(zip(names, self.worn_loras(names), strict=True))
         return slides(
             lambda prompt: self.words(replace(request, prompt=prompt), loras),

@@ -301,7 +301,7 @@ def sliders(bench: Bench) -> Table:
     from facegen.evaluation.sliding import OWN, matrix
 
     rows = matrix(bench, bench.drawn(0), tuple(OWN))
-    notes = ("Columns up to 'turned right' in spreads over people; the judge of attributes sees no gaze.",)
+    notes = ("Columns up to 'looks right' in spreads over people.",)
     return Table(f"Sliders from -1 to 1: {bench.plan.people} people, by how much each attribute moves", rows, notes)
 
 

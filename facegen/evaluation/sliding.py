@@ -1,7 +1,8 @@
 """Sliders measured: what each of them moves, what it leaves alone, and whether the person stays.
 
 What the judge of attributes sees badly is read off the picture instead: hair and skin are as light as the pixels are
-that the parsing says show them, and hair is as long as much of it lies beside and below the chin.
+that the parsing says show them, hair is as long as much of it lies beside and below the chin, and eyes look where the
+iris is between their corners.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from facegen.evaluation.gaze import gaze
+from facegen.face.landmarks import LandmarkFinder
 from facegen.images import to_tensor
 from facegen.models.sliders import words
 from facegen.world.facts import Fact, probability
@@ -38,7 +41,8 @@ OWN: Mapping[str, tuple[str, int]] = {
     "blond": ("hair light", 1),
     "skin": ("skin light", -1),
     "masculine": ("masculine", 1),
-    "gaze": ("turned right", 1),
+    "turn": ("turned right", 1),
+    "gaze": ("looks right", 1),
 }
 _JUDGED = {
     "age": "age", "smile": "smile", "mouth open": "jaw_open", "beard": "beard", "masculine": "masculinity",
@@ -46,7 +50,7 @@ _JUDGED = {
 }  # fmt: skip
 COLUMNS = (
     "age", "smile", "mouth open", "beard", "glasses", "hair length", "hair light", "skin light", "masculine",
-    "turned right",
+    "turned right", "looks right",
 )  # fmt: skip
 PROMPT = "a portrait of a person"
 _BELOW = 0.6  # of the picture's height: in a portrait the chin is about there
@@ -56,7 +60,7 @@ _BARELY = 0.1  # of a column's spread over people: less is no move
 
 def read(judges: Judges, pictures: Sequence[Image.Image]) -> Tensor:
     """The columns of the table, (N, columns): as the judges say, lightness as the logarithm of linear light."""
-    rows = []
+    rows, finder = [], LandmarkFinder.from_pretrained()
     for picture in pictures:
         pixels = to_tensor(picture)[None]
         seen, parts = judges.attributes(pixels), judges.parse(pixels)[0].cpu()
@@ -66,6 +70,7 @@ def read(judges: Judges, pictures: Sequence[Image.Image]) -> Tensor:
         told["glasses"] = 1 - float(seen["glasses"][0, GLASSES.index("none")])
         told["hair length"] = float(hair[round(_BELOW * len(hair)) :].float().mean())
         told["hair light"], told["skin light"] = _light(light, hair), _light(light, skin)
+        told["looks right"] = float(gaze(judges, finder, pixels))
         rows.append([told[name] for name in COLUMNS])
     return torch.tensor(rows)
 

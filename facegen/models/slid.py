@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from facegen.models.base import Model
 
 DELAY = 0.2  # of the run, in which composition and pose are settled, stays plain
-LEAST, MOST = 0.5, 0.8  # of the largest difference: below the first nothing moves, above the second all of it
+# Of the largest difference: below the first nothing moves, above the second all of it. Words spill over the picture;
+# weights were taught what stays, and less of what they move may be left out.
+WORDS, LEARNT = (0.5, 0.8), (0.1, 0.3)
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,10 +75,11 @@ class Slid(StandIn):
         for place, (slide, part) in enumerate(zip(self.slides, now.parts, strict=True)):
             with now.prepared.worn(place):
                 way = slide.gain * (self.model.predict(sample[-rows:], timestep, part) - output[-rows:])
-            mask = _widened(self._where[place], most_changed(way))
+            learnt = isinstance(slide.toward, LoraCondition)
+            mask = _widened(self._where[place], most_changed(way, LEARNT if learnt else WORDS))
             self._where[place] = mask
             self.mask = _widened(self.mask, mask)
-            if isinstance(slide.toward, LoraCondition):
+            if learnt:
                 ways += (mask * way).repeat(len(output) // rows, 1, 1, 1)
             else:
                 ways[-rows:] += mask * way
@@ -142,14 +145,17 @@ class _Now:
         return slid.plain[self.whole.index].to(latents).lerp(latents, slid.mask.to(latents))
 
 
-def most_changed(way: Tensor) -> Tensor:
-    """Where a difference (B, C, h, w) is large, in each picture against its own largest: (B, 1, h, w) in [0, 1]."""
+def most_changed(way: Tensor, limits: tuple[float, float] = WORDS) -> Tensor:
+    """Where a difference (B, C, h, w) is large, in each picture against its own largest: (B, 1, h, w) in [0, 1], 0
+    below the lower of these shares of it and 1 above the upper.
+    """
     height, width = way.shape[-2:]
     reach = min(height, width) // 8
     size = way.abs().mean(1, keepdim=True).float()
     size = F.avg_pool2d(F.pad(size, (reach,) * 4, mode="replicate"), 2 * reach + 1, stride=1)
     size = size / size.amax((2, 3), keepdim=True).clamp(min=1e-12)
-    return ((size - LEAST) / (MOST - LEAST)).clamp(0, 1).to(way.dtype)
+    low, high = limits
+    return ((size - low) / (high - low)).clamp(0, 1).to(way.dtype)
 
 
 def _widened(mask: Tensor | None, other: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """One thing changed by degrees: towards the prompt with a few words more, or towards what weights were taught.
 
-A new slider needs two descriptions and no labels; or it is learnt and lies in a LoRA file (`facegen train slider`).
+A new slider needs two descriptions and no labels; or it is learnt and lies in a LoRA file (`facegen train slider`). A
+model may bring such files for what its words cannot do (skin is the person's own, so an adapter overrules the words).
 Strength 1 goes as far as if the words had been written into the prompt, but only where they act most: see
 `facegen.models.slid`. Strength 0 is the plain run. The words come behind the prompt, for a text encoder that reads
 from left to right leaves all that stands before them as it was; two whole sentences instead differ word by word, and
@@ -36,6 +37,7 @@ SLIDERS: Mapping[str, tuple[str, str]] = {
     "gray_hair": ("with gray hair", "with brown hair"),
     "glasses": ("wearing glasses", ""),
     "make_up": ("with lipstick and eye makeup", ""),
+    "turn": ("turned to the right", "turned to the left"),
     "gaze": ("looking to the right", "looking to the left"),
 }
 APART = "|"
@@ -43,9 +45,15 @@ WHOLE = 1.0  # from here on a slider goes as far as its words would, were they i
 Encode = Callable[[str], TextCondition]
 
 
-def files(sliders: Mapping[str, float]) -> dict[str, float]:
-    """Those of the sliders that are weights in a file, not words."""
-    return {name: strength for name, strength in sliders.items() if Path(name).suffix == SAFE}
+def files(sliders: Mapping[str, float], own: Path | None = None) -> dict[str, float]:
+    """Those of the sliders that are weights in a file, not words: files by their ending, and names of sliders for which
+    a model brings weights of its own, as loras/<name>.safetensors in the folder `own`.
+    """
+    return {name: strength for name, strength in sliders.items() if Path(name).suffix == SAFE or _brought(name, own)}
+
+
+def _brought(name: str, own: Path | None) -> bool:
+    return own is not None and name in SLIDERS and (own / "loras" / f"{name}{SAFE}").is_file()
 
 
 def words(name: str) -> tuple[str, str]:

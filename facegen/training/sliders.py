@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from facegen.models.base import Model
     from facegen.training.objectives.slider import SliderNet, SliderObjective, SliderSettings
 
-SETTINGS = LoopSettings(learning_rate=2e-3, warmup=20, weight_decay=0.0, average=0.98)
+SETTINGS = LoopSettings(warmup=10, weight_decay=0.0, average=0.98)
 _MORE, _LESS = "more", "less"
 
 
@@ -55,7 +55,9 @@ def train_slider(
     Raises WrongRequest, BadImage, Cancelled, OutputUnwritable.
     """
     objective = new_objective(recipe, model, settings)
-    measured = run(objective, work / recipe.name, Budget(steps), replace(SETTINGS, seed=objective.settings.seed))
+    chosen = objective.settings
+    walk = replace(SETTINGS, learning_rate=chosen.rate, seed=chosen.seed)
+    measured = run(objective, work / recipe.name, Budget(steps), walk)
     return save(objective.net, output / f"{recipe.name}.safetensors", about(recipe, model, measured))
 
 

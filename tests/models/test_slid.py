@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from facegen.economy import PRESETS
 from facegen.errors import WrongRequest
 from facegen.models.base import Model
 from facegen.models.slid import Slid, Slide, most_changed
-from facegen.models.sliders import SLIDERS, slides, words
+from facegen.models.sliders import SLIDERS, files, slides, words
 from facegen.models.sliders import asked as asked_in_words
 from facegen.schedulers import build, start
 from facegen.training.objectives.slider import SliderNet
@@ -121,6 +122,15 @@ def test_what_sliders_ask_for_in_words() -> None:
     assert asked_in_words("", {"smile": 1.5}) == "smiling"
 
 
+def test_a_model_brings_weights_for_what_its_words_cannot_do(tmp_path: Path) -> None:
+    (tmp_path / "loras").mkdir()
+    for name in ("skin", "few"):
+        (tmp_path / "loras" / f"{name}.safetensors").touch()
+    asked = {"skin": 0.5, "age": 1.0, "few": 1.0, "mine.safetensors": -1.0}
+    assert files(asked, tmp_path) == {"skin": 0.5, "mine.safetensors": -1.0}
+    assert files(asked) == {"mine.safetensors": -1.0}
+
+
 def test_a_prompt_that_an_adapter_wrote_moves_as_the_plain_one(model: Model) -> None:
     plain, there = model.encode_text([PROMPT]), model.encode_text([f"{PROMPT}, smiling"])
     step = there.embeds - plain.embeds
@@ -144,3 +154,7 @@ def test_where_a_difference_is_largest_is_told_for_each_picture_alone() -> None:
     mask = most_changed(way)
     assert mask[0, 0, 4, 4] == mask[1, 0, 11, 11] == 1
     assert mask[0, 0, 9:, 9:].max() == mask[1, 0, :7, :7].max() == 0
+    wider = most_changed(way, (0.1, 0.3))
+    assert bool((wider >= mask).all())
+    assert wider.sum() > mask.sum()
+    assert wider[0, 0, 11:, 11:].max() == 0

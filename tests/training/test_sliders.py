@@ -64,13 +64,17 @@ def load(path: Path) -> dict[str, torch.Tensor]:
     return load_file(path)
 
 
-def test_pairs_are_told_apart(tiny_sd15: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_pairs_are_told_apart(tiny_sd15: Path, tmp_path: Path, prediction: str) -> None:
     model = Model.from_pretrained(tiny_sd15, device="cpu", dtype=torch.float32)
-    model.scheduler_config["prediction_type"] = "v_prediction"  # the noise alone would not tell the twins apart
+    model.scheduler_config["prediction_type"] = prediction
     more = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(1)) + 2
     objective = PairSliderObjective(model, (more, more - 4), "a person", replace(SMALL, batch=8))
+    batch = objective.batch(0, torch.Generator().manual_seed(0)) | {"between": torch.full((8, 1, 1, 1), 0.5)}
+    nothing_yet = float(objective.loss(batch, 0, torch.Generator())["loss"])
+    assert nothing_yet == pytest.approx(0.75, abs=1e-3)  # from half way, half of the way is left: 1/4 against 1/3
     found = run(objective, tmp_path / "work", Budget(40), replace(SETTINGS, learning_rate=1e-2))
-    assert found["error"] < found["error_without"] < found["error_reversed"]
+    assert found["left"] < 0.97 < 1.03 < found["left_reversed"]  # 1 is a slider that does nothing
 
 
 def test_a_new_slider_does_nothing_and_a_stopped_training_goes_on(
@@ -109,7 +113,9 @@ def test_a_new_slider_does_nothing_and_a_stopped_training_goes_on(
     assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
-def test_what_is_no_recipe_is_refused(pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_no_recipe_is_refused(
+    tiny_sd15: Path, pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(WrongRequest, match="--name"):
         Recipe("")
     with pytest.raises(WrongRequest, match="two prompts"):
@@ -121,6 +127,9 @@ def test_what_is_no_recipe_is_refused(pairs: Path, tmp_path: Path, capsys: pytes
     (pairs / "more" / "a.png").unlink()
     with pytest.raises(WrongRequest, match="'a' is in one of"):
         read_pairs(pairs)
+    model, twin = Model.from_pretrained(tiny_sd15, device="cpu", dtype=torch.float32), torch.ones(1, 4, 8, 8)
+    with pytest.raises(WrongRequest, match="are the same"):
+        PairSliderObjective(model, (twin, twin), "a person", SMALL)
     places = ["-o", str(tmp_path / "o"), "--work", str(tmp_path / "w")]
     assert main(["train", "mini", "--more", "x", *places]) == 2
     assert "facegen train slider" in capsys.readouterr().err

@@ -19,6 +19,7 @@ from facegen import schedulers
 from facegen.attention.backends import for_training
 from facegen.conditions import Condition, LoraCondition, LowRankWeights, TextCondition
 from facegen.denoise import Guidance, denoise, noise
+from facegen.errors import WrongRequest
 from facegen.models.slid import DELAY
 from facegen.training.loop import Objective, step_seed
 
@@ -32,6 +33,7 @@ _SIDES = (1.0, -1.0)
 class SliderSettings:
     """reach: how many times the difference of the two prompts strength 1 is to go (the paper's η); half the guidance is
     as far as if the words stood in the prompt. steps, guidance: of the runs in whose middle prompts are compared.
+    rate: of learning, at its highest.
     """
 
     rank: int = 4
@@ -40,6 +42,7 @@ class SliderSettings:
     steps: int = 10
     guidance: float = 3.0
     seed: int = 0
+    rate: float = 5e-3
 
 
 class SliderNet(nn.Module):
@@ -171,49 +174,75 @@ class TextSliderObjective(SliderObjective):
 
 
 class PairSliderObjective(SliderObjective):
-    """See the noise in noisy pictures: at strength 1 in those that show more, at -1 in their twins that show less."""
+    """Whatever lies between two twins: at strength 1 see the one that shows more in it, at -1 the one that shows less.
+
+    What the plain model sees in the noisy picture is moved by the way from that picture to the twin. So all that it
+    does not know of the picture, by far the most of a denoiser's error, is not learnt from, and few steps do.
+    """
 
     def __init__(
         self, model: Model, pairs: tuple[Tensor, Tensor], prompt: str, settings: SliderSettings = SliderSettings()
     ) -> None:
-        """pairs: latents (N, C, h, w) of the pictures with more and of those with less of it."""
+        """pairs: latents (N, C, h, w) of the pictures with more and of those with less of it; WrongRequest for twins
+        that are the same.
+        """
         super().__init__(model, settings)
         from diffusers import DDPMScheduler
 
-        self.pairs = pairs
+        self.more, self.less = (latents.float() for latents in pairs)
+        if bool((self.more == self.less).all()):
+            raise WrongRequest("The pictures of more and of less are the same, so there is nothing to learn from them.")
         self.text = model.encode_text([prompt])
         kept = {name: value for name, value in model.scheduler_config.items() if not name.startswith("_")}
         self.levels: Any = DDPMScheduler.from_config(kept)
 
     def batch(self, step: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """Both twins (B, C, h, w) of pairs drawn by lot."""
-        rows = torch.randint(len(self.pairs[0]), (self.settings.batch,), generator=generator)
-        more, less = (latents[rows.to(latents.device)] for latents in self.pairs)
-        return {"more": more, "less": less}
+        """Pairs drawn by lot: rows (B,), noise (B, C, h, w), timesteps (B,), and where between less (0) and more (1)
+        each picture lies, between (B, 1, 1, 1).
+        """
+        rows = torch.randint(len(self.more), (self.settings.batch,), generator=generator)
+        drawn = torch.randn(len(rows), *self.more.shape[1:], generator=generator)
+        timesteps = torch.randint(int(1000 * (1 - DELAY)), (len(rows),), generator=generator)
+        between = torch.rand(len(rows), 1, 1, 1, generator=generator)
+        found = {"rows": rows, "noise": drawn, "timesteps": timesteps, "between": between}
+        return {name: value.to(self.more.device) for name, value in found.items()}
 
     def loss(self, batch: Mapping[str, Tensor], step: int, generator: torch.Generator) -> dict[str, Tensor]:
-        timesteps = torch.randint(1000, (len(batch["more"]),), generator=generator, device=generator.device)
-        drawn = torch.randn(batch["more"].shape, generator=generator, device=generator.device)
-        return {"loss": self._error(batch, drawn, timesteps, 1.0)}
+        """1 is a slider that does nothing yet; each pair and each amount of noise count alike."""
+        return {"loss": self._error(batch, 1.0)}
 
-    def _error(self, batch: Mapping[str, Tensor], drawn: Tensor, timesteps: Tensor, strength: float) -> Tensor:
-        """Of both twins with the same noise."""
-        errors = []
-        for side, latents in zip(_SIDES, (batch["more"].float(), batch["less"].float()), strict=True):
-            noisy = self.levels.add_noise(latents, drawn, timesteps)
-            velocity = self.levels.config.prediction_type == "v_prediction"
-            wanted = self.levels.get_velocity(latents, drawn, timesteps) if velocity else drawn
-            found = self.predict(noisy, timesteps, self.text, side * strength)
-            errors.append((found - wanted).square().mean())
+    def _error(self, batch: Mapping[str, Tensor], strength: float) -> Tensor:
+        rows, timesteps = batch["rows"], batch["timesteps"]
+        more, less = self.more[rows], self.less[rows]
+        latents = less.lerp(more, batch["between"])
+        noisy = self.levels.add_noise(latents, batch["noise"], timesteps)
+        with torch.no_grad():
+            plain = self.predict(noisy, timesteps, self.text)
+        # x = a·clean + s·noise: the clean picture goes by -s/a of what the noise goes, by -s of what the velocity goes.
+        share = self.levels.alphas_cumprod.to(noisy)[timesteps].view(-1, 1, 1, 1)
+        velocity = self.levels.config.prediction_type == "v_prediction"
+        clean = -(1 - share).sqrt() / (1.0 if velocity else share.sqrt())
+        whole = (more - less).square().mean((1, 2, 3)).clamp(min=1e-12)
+        size = whole / 3  # of the way that is left, on average over the places between
+        errors = [
+            (clean * (self.predict(noisy, timesteps, self.text, side * strength) - plain) - (twin - latents))
+            .square()
+            .mean((1, 2, 3))
+            / size
+            for side, twin in zip(_SIDES, (more, less), strict=True)
+        ]
         return torch.stack(errors).mean()
 
     def figures(self) -> dict[str, float]:
-        """The error on all pairs with the slider, without it, and with it the wrong way round, at even noise."""
-        rows = torch.arange(max(16, len(self.pairs[0]))) % len(self.pairs[0])
-        more, less = (latents[rows.to(latents.device)] for latents in self.pairs)
-        batch = {"more": more, "less": less}
+        """The share of the way that is left with the slider, and with it the wrong way round, on all pairs."""
+        count = min(32, max(16, len(self.more)))
+        rows = torch.arange(count) % len(self.more)
         generator = torch.Generator().manual_seed(self.settings.seed)
-        drawn = torch.randn(more.shape, generator=generator).to(more.device)
-        timesteps = torch.linspace(0, 999, len(drawn)).long().to(drawn.device)
-        strengths = {"error": 1.0, "error_without": 0.0, "error_reversed": -1.0}
-        return {name: round(float(self._error(batch, drawn, timesteps, one)), 4) for name, one in strengths.items()}
+        drawn = torch.randn(count, *self.more.shape[1:], generator=generator)
+        timesteps = torch.linspace(0, 999 * (1 - DELAY), count).long()[torch.randperm(count, generator=generator)]
+        between = torch.linspace(0, 1, count).view(-1, 1, 1, 1)
+        found = {"rows": rows, "noise": drawn, "timesteps": timesteps, "between": between}
+        batch = {name: value.to(self.more.device) for name, value in found.items()}
+        with torch.no_grad():
+            errors = {name: self._error(batch, one) for name, one in (("left", 1.0), ("left_reversed", -1.0))}
+        return {name: round(float(error), 4) for name, error in errors.items()}
