@@ -865,6 +865,10 @@ class Pipeline(ABC, Generic[R]):
             raise WrongRequest(f"{' and '.join(foreign)} each bring a UNet of their own, so only one of them can act.")
         return next(iter(foreign.values()), self.model)
 
+    def lora_path(self, name: str) -> Path:
+        """Where the file or folder of a LoRA lies, by its path or a name that the model or the hub knows."""
+        return _lora_path(name, self.loaded.assets)
+
     def worn_loras(self, loras: Mapping[str, Curve | Blocks]) -> list[LoraCondition]:
         """LoRA files, or names that the hub knows, with their strengths as conditions; a file is read once."""
         from facegen.models.lora import load_lora
@@ -872,7 +876,7 @@ class Pipeline(ABC, Generic[R]):
 
         worn: list[LoraCondition] = []
         for name, strength in loras.items():
-            path = _lora_path(name, self.loaded.assets)
+            path = self.lora_path(name)
             key = (str(path), path.stat().st_mtime if path.exists() else 0.0)
             if key not in self.loaded.loras:
                 self.loaded.loras[key] = load_lora(path, self.model)
@@ -1004,7 +1008,7 @@ class Pipeline(ABC, Generic[R]):
                 name: {"source": self.loaded.adapters[name].source, "sha256": self.loaded.adapters[name].sha256}
                 for name in adapters
             },
-            "loras": {name: _weights_checksum(_lora_path(name, self.loaded.assets)) for name in loras},
+            "loras": {name: _weights_checksum(self.lora_path(name)) for name in loras},
         }
 
     def _request_json(self, request: R) -> dict[str, Any]:

@@ -574,7 +574,7 @@ class GeneratePipeline(Pipeline[GenerateRequest]):
     def _slides(self, request: GenerateRequest, conditions: Sequence[Condition]) -> list[Slide]:
         """What the sliders do in a run under these conditions."""
         from facegen.conditions import LoraCondition, TextCondition
-        from facegen.models.sliders import files, slides
+        from facegen.models.sliders import by_pairs, files, slides
 
         last = [one for one in conditions if isinstance(one, TextCondition)][-1]
         loras = [one for one in conditions if isinstance(one, LoraCondition)]
@@ -586,6 +586,7 @@ class GeneratePipeline(Pipeline[GenerateRequest]):
             last,
             request.sliders,
             learnt,
+            [name for name in names if by_pairs(self.lora_path(name))],
         )
 
     def _character(

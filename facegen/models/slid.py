@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from facegen.models.base import Model
 
 DELAY = 0.2  # of the run, in which composition and pose are settled, stays plain
-# Of the largest difference: below the first nothing moves, above the second all of it. Words spill over the picture;
-# weights were taught what stays, and less of what they move may be left out.
-WORDS, LEARNT = (0.5, 0.8), (0.1, 0.3)
+# Of the largest difference: below the first nothing moves, above the second all of it. Words spill over the picture,
+# and so do weights that were taught by words; pairs of pictures teach what stays, and nothing of it may be left out.
+WORDS, PAIRS = (0.5, 0.8), (0.1, 0.3)
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,11 +36,12 @@ class Slide:
     """One slider of a run: how many times (gain; less than 0: away from it) the way to another answer is gone.
 
     toward: the prompt of that answer, in the conditional half alone, so that guidance multiplies the way as it does for
-    any prompt; or low-rank weights that were taught the whole way, in both halves.
+    any prompt; or low-rank weights that were taught the whole way, in both halves. limits: see most_changed.
     """
 
     toward: TextCondition | LoraCondition
     gain: float = 1.0
+    limits: tuple[float, float] = WORDS
 
 
 class Slid(StandIn):
@@ -75,11 +76,10 @@ class Slid(StandIn):
         for place, (slide, part) in enumerate(zip(self.slides, now.parts, strict=True)):
             with now.prepared.worn(place):
                 way = slide.gain * (self.model.predict(sample[-rows:], timestep, part) - output[-rows:])
-            learnt = isinstance(slide.toward, LoraCondition)
-            mask = _widened(self._where[place], most_changed(way, LEARNT if learnt else WORDS))
+            mask = _widened(self._where[place], most_changed(way, slide.limits))
             self._where[place] = mask
             self.mask = _widened(self.mask, mask)
-            if learnt:
+            if isinstance(slide.toward, LoraCondition):
                 ways += (mask * way).repeat(len(output) // rows, 1, 1, 1)
             else:
                 ways[-rows:] += mask * way

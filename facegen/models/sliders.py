@@ -10,16 +10,17 @@ their difference moves much besides.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from safetensors import safe_open
 from torch import Tensor
 
 from facegen.checkpoints import SAFE
 from facegen.conditions import LoraCondition, Pair, TextCondition
 from facegen.errors import WrongRequest
-from facegen.models.slid import Slide
+from facegen.models.slid import PAIRS, WORDS, Slide
 
 # name → (what more of it is called behind a prompt, what less of it is; "": away from more)
 SLIDERS: Mapping[str, tuple[str, str]] = {
@@ -82,19 +83,34 @@ def asked(prompt: str, sliders: Mapping[str, float]) -> str:
     return ", ".join(filter(None, (prompt, *told)))
 
 
+def by_pairs(path: Path) -> bool:
+    """Whether a learnt slider's file says that pictures taught it (`facegen train slider --pairs`)."""
+    if path.suffix != SAFE:
+        return False
+    with safe_open(path, framework="pt") as file:
+        return "pairs" in (file.metadata() or {})
+
+
 def slides(
-    encode: Encode, prompt: str, text: TextCondition, sliders: Mapping[str, float], learnt: Mapping[str, LoraCondition]
+    encode: Encode,
+    prompt: str,
+    text: TextCondition,
+    sliders: Mapping[str, float],
+    learnt: Mapping[str, LoraCondition],
+    pairs: Collection[str] = (),
 ) -> list[Slide]:
     """What the sliders of a run do, for `facegen.models.slid.Slid`; [] where none has a strength.
 
     encode: the run's own reading of a prompt; text: the last prompt of the run, which an adapter may have written: it
-    is moved as the words move `prompt`. learnt: the weights of the sliders that are files, by name.
+    is moved as the words move `prompt`. learnt: the weights of the sliders that are files, by name;
+    pairs: those of them that pictures taught.
     Raises WrongRequest for a slider that does not exist, and for a prompt that leaves no room for its words.
     """
     found, plain = [], None
     for name, strength in sliders.items():
         if name in learnt:
-            found += [Slide(replace(learnt[name], scale=strength))] if strength else []
+            limits = PAIRS if name in pairs else WORDS
+            found += [Slide(replace(learnt[name], scale=strength), limits=limits)] if strength else []
             continue
         more, less = words(name)
         if not strength:

@@ -16,11 +16,12 @@ from facegen.denoise import Guidance, denoise, noise
 from facegen.economy import PRESETS
 from facegen.errors import WrongRequest
 from facegen.models.base import Model
-from facegen.models.slid import Slid, Slide, most_changed
-from facegen.models.sliders import SLIDERS, files, slides, words
+from facegen.models.slid import PAIRS, WORDS, Slid, Slide, most_changed
+from facegen.models.sliders import SLIDERS, by_pairs, files, slides, words
 from facegen.models.sliders import asked as asked_in_words
 from facegen.schedulers import build, start
 from facegen.training.objectives.slider import SliderNet
+from facegen.training.sliders import save
 
 STEPS, PROMPT = 5, "a face"
 
@@ -131,6 +132,20 @@ def test_a_model_brings_weights_for_what_its_words_cannot_do(tmp_path: Path) -> 
     assert files(asked) == {"mine.safetensors": -1.0}
 
 
+def test_what_pairs_taught_acts_wherever_they_differ(model: Model, tmp_path: Path) -> None:
+    net = SliderNet(model.unet, rank=1)
+    limits = []
+    for header in ({"pairs": "mine"}, {"more": "old"}):
+        path = save(net, tmp_path / "mine.safetensors", header)
+        learnt = {"mine": net.condition(1.0)}
+        pairs = [name for name in learnt if by_pairs(path)]
+        (one,) = slides(lambda text: model.encode_text([text]), PROMPT, model.encode_text([PROMPT]), {"mine": 1.0},
+            learnt, pairs)  # fmt: skip
+        limits.append(one.limits)
+    assert limits == [PAIRS, WORDS]
+    assert not by_pairs(tmp_path)
+
+
 def test_a_prompt_that_an_adapter_wrote_moves_as_the_plain_one(model: Model) -> None:
     plain, there = model.encode_text([PROMPT]), model.encode_text([f"{PROMPT}, smiling"])
     step = there.embeds - plain.embeds
@@ -154,7 +169,7 @@ def test_where_a_difference_is_largest_is_told_for_each_picture_alone() -> None:
     mask = most_changed(way)
     assert mask[0, 0, 4, 4] == mask[1, 0, 11, 11] == 1
     assert mask[0, 0, 9:, 9:].max() == mask[1, 0, :7, :7].max() == 0
-    wider = most_changed(way, (0.1, 0.3))
+    wider = most_changed(way, PAIRS)
     assert bool((wider >= mask).all())
     assert wider.sum() > mask.sum()
     assert wider[0, 0, 11:, 11:].max() == 0
