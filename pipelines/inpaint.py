@@ -198,24 +198,13 @@ class InpaintPipeline(Pipeline[InpaintRequest]):
             )
 
     def _in_their_skin(self, made: Tensor, seen: Tensor, hole: Tensor) -> Tensor:
-        """What was made (3, S, S) with the skin tones of the photo (3, S, S) where skin lies in the hole (1, S, S).
-
-        It is the same person in the same light; a model that knows neither paints a mask into a photograph.
-        """
-        import torch
-
-        from facegen.face import paste
-        from facegen.face.parse import CLASSES, REGIONS
+        """What was made (3, S, S) with the skin tones of the photo (3, S, S) where skin lies in the hole (1, S, S)."""
+        from facegen.face import tones
 
         try:
-            parser = self.parser
-        except WeightsMissing:
+            return tones.same_skin(made, seen, hole, tones.skin(self.parser, made, seen))
+        except WeightsMissing:  # no net can tell where skin is
             return made
-        with torch.no_grad():
-            names = [CLASSES.index(name) for name in REGIONS["skin"]]
-            new, old = (parser.chances(one[None])[0, names].sum(0, keepdim=True) for one in (made, seen))
-        toned = paste.match_colours(made, seen, new * old * hole, old)
-        return made.lerp(toned, torch.maximum(new, old))
 
     def _person(self, request: InpaintRequest, plan: _Plan) -> Person | None:
         if request.faces:

@@ -50,6 +50,10 @@ class SwapRequest(PersonRequest, _Onto):
     task: ClassVar[str] = "Put the face of one person into a photo of another; all around the face stays as it is."
 
     faces: tuple[Photo, ...] = photos("More photos of the same source person.")
+    guidance_scale: float = number(
+        2.5, "How closely to follow person and prompt; more is glaring in photographs, 1 or less turns guidance off.",
+        low=0, high=50, slider=(1, 15, 0.5), alias="guidance",
+    )  # fmt: skip
     method: str | None = choice(
         None, "How the person is brought in: by a net that learnt to swap, by adapters, by guidance without any"
         " training, or by these two; by default trained where the model has such a net, else both.",
@@ -67,6 +71,11 @@ class SwapRequest(PersonRequest, _Onto):
     layout: float = number(
         0.05, "Guidance: how far each step goes towards the target's layout of eyes, nose and mouth.",
         low=0, high=5, slider=(0, 0.5, 0.01), advanced=True,
+    )  # fmt: skip
+    tones: float = number(
+        0.5, "How far the new face goes towards the target's skin tones and contrast: 0 leaves it as the model made it,"
+        " 1 goes the whole way, which costs likeness.",
+        low=0, high=1, slider=(0, 1, 0.05), advanced=True,
     )  # fmt: skip
     soft: float = number(
         0.06, "Over what share of its size the new face fades in.",
@@ -194,7 +203,7 @@ class SwapPipeline(Pipeline[SwapRequest]):
                 if request.change == 0:
                     pasted.append(plan.canvas)
                     continue
-                matched = paste.match_colours(one, seen, (hole == 0).float())
+                matched = self._near_tones(request, paste.match_colours(one, seen, (hole == 0).float()), seen, hole)
                 pasted.append(paste.paste(plan.canvas, plan.crop, matched, plan.mask, soft=soft))
             yield Painted(
                 indices=batch,
@@ -205,6 +214,15 @@ class SwapPipeline(Pipeline[SwapRequest]):
                 near=cast("Box", tuple(plan.face.box.tolist())),
                 measures=tuple(self._measured(request, plan, one) for one in pasted),
             )
+
+    def _near_tones(self, request: SwapRequest, made: Tensor, seen: Tensor, hole: Tensor) -> Tensor:
+        """What was made (3, S, S) nearer to the target's skin tones: it continues into the target's neck and light."""
+        from facegen.face import tones
+
+        try:
+            return tones.near_skin(made, seen, hole, tones.skin(self.parser, made, seen), much=request.tones)
+        except WeightsMissing:  # no net can tell where skin is
+            return made
 
     def _steering(self, request: SwapRequest, plan: _Plan, person: Person, hole: Tensor) -> list[Condition]:
         """What brings the person in and keeps the target's layout."""

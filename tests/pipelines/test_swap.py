@@ -13,13 +13,15 @@ import pytest
 import torch
 from PIL import Image
 
-from facegen import metadata, patch
+from facegen import examples, metadata, patch
 from facegen.cli import main
 from facegen.denoise import Guidance
 from facegen.errors import FacegenError, NoFaceFound, SeveralFaces, WeightsMissing, WrongRequest
+from facegen.face import tones
 from facegen.face.align import ARCFACE_POINTS
 from facegen.face.embed import ArcFace
 from facegen.face.parse import FaceParser
+from facegen.images import to_tensor
 from facegen.models.base import Model
 from facegen.models.swap import KIND, Swap
 from facegen.pipeline import Loaded, rebuild
@@ -105,6 +107,35 @@ def test_what_is_said_to_stand_in_front_stays(swap: SwapPipeline, drawn: Drawn) 
     assert not now[:, :middle].any()
     assert now[:, middle:].any()
     assert out.reports[0].measures["pixels changed outside"] == 0
+
+
+def test_tones_change_the_face_and_nothing_outside(
+    swap: SwapPipeline, drawn: Drawn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Nobody could tell skin in what an untrained model paints.
+    monkeypatch.setattr(tones, "skin", lambda parser, *pictures: tuple(torch.ones_like(one[:1]) for one in pictures))
+    target = drawn(2)
+    made, near = (swap(source=drawn(1), target=target, tones=much, **QUICK).images[0] for much in (0.0, 1.0))
+    plan = swap._plan(swap.resolve(swap.request_class(source=drawn(1), target=target, **QUICK)))
+    outside = plan.mask[0].numpy() == 0
+    for one in (made, near):
+        assert not changed(target, one)[outside].any()
+    assert changed(made, near).any()
+
+
+def test_a_pale_face_takes_over_the_targets_skin(swap: SwapPipeline, mini: Path) -> None:
+    seen = to_tensor(examples.photo("example:4").resize((128, 128)))
+    hole = torch.zeros(1, 128, 128)
+    hole[:, 40:90, 40:90] = 1
+    pale = torch.where(hole > 0, seen * 0.7 + 0.3, seen)
+
+    def away(much: float) -> float:
+        near = swap._near_tones(swap.request_class(tones=much), pale, seen, hole)
+        return float(((near - seen).abs() * hole).sum())
+
+    assert away(0.0) == float(((pale - seen).abs() * hole).sum())
+    assert away(0.5) < 0.7 * away(0.0)
+    assert away(1.0) < 0.7 * away(0.5)
 
 
 def test_no_change_is_the_target_bit_for_bit(swap: SwapPipeline, drawn: Drawn) -> None:
