@@ -114,13 +114,16 @@ class FaceParser:
         return cls(cast(ParsingNet, small_net(stem, "so parts of a face cannot be found by name; give a mask")))
 
     def chances(self, pictures: Tensor) -> Tensor:
-        """Probabilities (B, classes, H, W) of pictures (B, 3, H, W) in [0, 1] that show a portrait; differentiable."""
+        """Probabilities (B, classes, H, W) of pictures (B, 3, H, W) in [0, 1] that show a portrait; differentiable.
+
+        They come back on the pictures' device, wherever the net is.
+        """
         own = (SIDE, SIDE)
-        small = pictures.float()
+        small = pictures.to(next(self.net.parameters()).device, torch.float32)
         if pictures.shape[-2:] != own:
             small = F.interpolate(small, own, mode="bilinear", antialias=True)
         logits: Tensor = self.net(small * 2 - 1)
-        return F.interpolate(logits, pictures.shape[-2:], mode="bilinear").softmax(1)
+        return F.interpolate(logits, pictures.shape[-2:], mode="bilinear").softmax(1).to(pictures.device)
 
     @torch.no_grad()
     def around(self, photo: Image.Image, face: Detection | Face, names: Sequence[str]) -> Tensor:

@@ -52,7 +52,7 @@ class RewardSettings:
     walks: tuple[int, ...] = (3, 4, 5)
     guidance: float = 3.0
     likeness: float = 1.0
-    obedience: float = 0.3
+    obedience: float = 0.6
     look: float = 0.04
     uneven: float = 1.0
     varied: tuple[str, ...] = ("looking", "tilt", "expression", "eyes", "mouth")
