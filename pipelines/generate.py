@@ -211,7 +211,7 @@ class GeneratePipeline(Pipeline[GenerateRequest]):
                 indices=batch,
                 pixels=pixels,
                 references=who.everyone[0].references if len(who.everyone) == 1 else (),
-                prompt=asked(request.prompt, request.sliders),
+                prompt=asked(request.prompt, request.sliders, self.loaded.assets),
                 warnings=who.warnings,
                 people=tuple(one.references for one in who.everyone) if request.people else (),
                 homes=who.homes,
@@ -655,7 +655,7 @@ class GeneratePipeline(Pipeline[GenerateRequest]):
         judges = self.judges(request.adapters)
         if judges.prompt is None:
             return pixels, {}
-        before, wish = to_pil(pixels), asked(request.prompt, request.sliders)
+        before, wish = to_pil(pixels), asked(request.prompt, request.sliders, self.loaded.assets)
         obedience = judges.prompt.obedience(wish, before)
         parts = repair.parts_of(repair.missed(wish, obedience))
         if not parts:

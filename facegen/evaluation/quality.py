@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from facegen.world.facts import Fact
     from facegen.world.parameters import Scenes
 
-PHRASINGS = ("captions", "sentences", "words")
+PHRASINGS = ("captions", "lists", "sentences", "words")
 _TRIES = 48  # captions drawn to find one with the wanted number of facts
 _DETAILS: Mapping[str, tuple[str, ...]] = {
     "eyes": ("l_eye", "r_eye"), "mouth and teeth": ("mouth", "u_lip", "l_lip"), "glasses": ("eye_g",),

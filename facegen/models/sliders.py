@@ -70,15 +70,16 @@ def words(name: str) -> tuple[str, str]:
     return more, less
 
 
-def asked(prompt: str, sliders: Mapping[str, float]) -> str:
-    """A prompt with what the sliders ask for, too: the words of those that go the whole way.
+def asked(prompt: str, sliders: Mapping[str, float], own: Path | None = None) -> str:
+    """A prompt with what the sliders ask for, too: the words of those that go the whole way by words.
 
+    own: as in `files`; what weights do is often not what the words say (the words of `gaze` turn the head).
     Raises WrongRequest as `words` does.
     """
     told = [
         words(name)[strength < 0]
         for name, strength in sliders.items()
-        if abs(strength) >= WHOLE and name not in files(sliders)
+        if abs(strength) >= WHOLE and name not in files(sliders, own)
     ]
     return ", ".join(filter(None, (prompt, *told)))
 

@@ -130,6 +130,8 @@ def test_a_model_brings_weights_for_what_its_words_cannot_do(tmp_path: Path) -> 
     asked = {"skin": 0.5, "age": 1.0, "few": 1.0, "mine.safetensors": -1.0}
     assert files(asked, tmp_path) == {"skin": 0.5, "mine.safetensors": -1.0}
     assert files(asked) == {"mine.safetensors": -1.0}
+    # What weights do is not counted by the words.
+    assert asked_in_words("a face", {"skin": 1.0, "age": 1.0}, tmp_path) == "a face, old"
 
 
 def test_what_pairs_taught_acts_wherever_they_differ(model: Model, tmp_path: Path) -> None:
