@@ -84,20 +84,13 @@ def synonyms(taught: Container[str]) -> dict[str, str]:
 
     A text encoder that never saw the one may begin with what it learnt of the other.
     """
-    found: dict[str, str] = {}
-    for options in _all_phrases().values():
+    found: dict[str, str] = {"circular": "round", "squared": "square", "frizzy": "curly"}
+    for options in (*_all_phrases().values(), *(line.split(", ") for line in NOUNS)):
         single = [phrase for phrase in options if phrase.isalpha()]
         usual = next((phrase for phrase in single if phrase in taught), None)
-        if usual:
-            found |= {word: usual for word in single if word not in taught}
+        found |= dict.fromkeys(single, usual) if usual else {}
     for table in (COLOR_WORDS, HAIR_COLOR_WORDS):
-        found |= {word: usual for word, usual in table.items() if word not in taught and usual in taught}
-    for line in NOUNS:
-        single = [phrase for phrase in line.split(", ") if phrase.isalpha()]
-        usual = next((phrase for phrase in single if phrase in taught), None)
-        if usual:
-            found |= {word: usual for word in single if word not in taught}
-    found |= {"circular": "round", "squared": "square", "frizzy": "curly"}
+        found |= {word: usual for word, usual in table.items() if usual in taught}
     return {word: usual for word, usual in found.items() if word not in taught}
 
 
@@ -134,7 +127,7 @@ def _nouns(gathers: str, value: str = "") -> tuple[str, ...]:
     """The nouns that gather words of a kind and say this value themselves, or nothing."""
     found = []
     for line, noun in NOUNS.items():
-        if noun.gathers == gathers and ({fact.value for fact in noun.facts} or {""}) & {value}:
+        if noun.gathers == gathers and value in ({fact.value for fact in noun.facts} or {""}):
             found += [phrase for phrase in line.split(", ") if _known(phrase) and not phrase.endswith("ed")]
     return tuple(found)
 
@@ -222,7 +215,7 @@ def _sentences(facts: Mapping[str, str], kinds: Sequence[str], dice: Dice, subje
             kind in (*_FEATURES, "eye_color") and facts.get(kind) != "no" and not tag.endswith("ed")
         ):
             clauses.append(f"{who} has {tag}")
-        elif kind in _WORN and facts.get(kind) not in ("no", "none") and not tag.startswith(("wearing", "dressed")):
+        elif kind in _WORN and facts.get(kind) not in ("no", "none") and not tag.startswith("wearing"):
             clauses.append(f"{who} wears {tag}")
         else:
             loose.append(tag)
