@@ -24,7 +24,7 @@ LOOKS: tuple[tuple[str, str], ...] = (
     ("beanie", "a portrait of a person wearing a red beanie, smiling"),
     ("blue hair", "a portrait of a person with long blue hair, light from the left"),
     ("in a suit", "a portrait of a person in a gray suit, gray hair"),
-    ("warm light", "a portrait of a person with a bob, warm light from the right"),
+    ("a bob", "a portrait of a person with a bob, light from the right"),
     ("sad", "a portrait of a person with black hair, sad, blue background"),
     ("pink afro", "a portrait of a person with a pink afro, laughing, yellow background"),
 )

@@ -30,7 +30,7 @@ from facegen.face.networks import (
 )
 from facegen.face.warp import aligned_crops
 from facegen.training.objectives.reconstruction import feature_loss
-from facegen.world.facts import FACTS
+from facegen.world.facts import FACTS, UNSEEN
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets" / "mini"
 SIDE = 128  # pixels; what the judges were trained on
@@ -99,9 +99,13 @@ class Judges:
 
     @torch.no_grad()
     def facts(self, images: Tensor) -> dict[str, Tensor]:
-        """Probabilities (B, classes) of each kind of fact, in the order of ``facegen.world.facts.FACTS``."""
+        """Probabilities (B, classes) of each kind of fact that can be seen, as in ``facegen.world.facts.FACTS``."""
         answers = self.attributes_net(_resized(images.to(self.device)) * 2 - 1)
-        return {kind: answers[kind if kind in CATEGORIES else f"fact.{kind}"].softmax(1) for kind in FACTS}
+        return {
+            kind: answers[kind if kind in CATEGORIES else f"fact.{kind}"].softmax(1)
+            for kind in FACTS
+            if kind not in UNSEEN
+        }
 
     @torch.no_grad()
     def parse(self, images: Tensor) -> Tensor:

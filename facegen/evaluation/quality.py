@@ -183,6 +183,8 @@ def measure(stage: Stage, adapters: Mapping[str, Adapter | None], ledger: Ledger
     _way(stage, ledger, "renders (ceiling)", lambda: [one.pictures for one in stage.others])
     _way(stage, ledger, "another person's (floor)", lambda: [one.pictures.roll(1, 0) for one in stage.others])
     _way(stage, ledger, "the photo itself", lambda: [stage.first.pictures] * plan.prompts)
+    # What latents do not hold, or the decoder does not paint, nothing that is learnt from them can show.
+    _way(stage, ledger, "renders, autoencoded", lambda: [_through(stage.model, one.pictures) for one in stage.others])
     for name, adapter in adapters.items():
         before = painter.done
         _way(stage, ledger, name, lambda adapter=adapter: painter.paint(adapter, stage.texts))  # type: ignore[misc]
@@ -251,7 +253,7 @@ def worded(plan: Plan, scenes: Scenes, row: int, number: int) -> tuple[str, tupl
 
 def _seen(stage: Stage, pictures: Sequence[Tensor], name: str) -> list[Seen]:
     """Of each prompt's pictures what the judges see; true renders keep their true points."""
-    if name.startswith("renders"):
+    if name == "renders (ceiling)":
         return list(stage.renders[1:])
     return [look(stage.judges, one, stage.scale) for one in pictures]
 
@@ -322,12 +324,17 @@ def _autoencoded(stage: Stage, ledger: Ledger) -> None:
         return {name: value for name, value in figures.items() if value == value}  # no glasses, no figure
 
     def through() -> Figures:
-        back = torch.cat([model.decode(model.encode_image(part)).float().cpu() for part in true.split(20)])
+        back = _through(model, true)
         looks = {"FID": fid(stage.judges.features(back).cpu(), stage.judges.features(true).cpu())}
         return {**compared(back, stage.others[0].points), **looks}
 
     ledger.row("autoencoder/mini", through)
     ledger.row("autoencoder/another picture (floor)", lambda: compared(stage.first.pictures, stage.first.points))
+
+
+def _through(model: Model, pictures: Tensor) -> Tensor:
+    """Pictures (N, 3, H, W) in [0, 1] as the autoencoder gives them back."""
+    return torch.cat([model.decode(model.encode_image(part)).float().cpu() for part in pictures.split(20)])
 
 
 def _psnr(error: Tensor, parsing: Tensor, classes: Sequence[str]) -> float:

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -44,6 +44,7 @@ STEPS: Mapping[str, int] = {
     "points68": 6000,
     "vae": 20000,
     "decoder": 20000,
+    "autoencoder": 20000,
     "reader": 6000,
     "words": 6000,
     "diffusion": 40000,
@@ -119,18 +120,26 @@ def train_vae(shop: Workshop) -> None:
     record("vae", measured, shop.output / "mini.json")
 
 
-def train_decoder(shop: Workshop) -> None:
-    """The finished model's decoder alone goes on; its latents, and all that was learnt from them, stay valid."""
-    from facegen.training.diffusion import save_vae
-    from facegen.training.vae import DecoderObjective, VAESettings
+def go_on_with(part: Literal["decoder", "autoencoder"]) -> Callable[[Workshop], None]:
+    """The stage in which the finished model's decoder goes on, alone or with its encoder.
 
-    vae = _finished(shop.start or shop.output).vae
-    lessons = learn_from(shop, shop.pictures, vae)
-    recogniser, held_out = _recogniser(shop), Cache(shop.held_out)
-    objective = DecoderObjective(vae, lessons.pictures, held_out, VAESettings(), recogniser, lessons.latents)
-    measured = run(objective, shop.work / "decoder", Budget(shop.steps("decoder")), VAE_SETTINGS)
-    save_vae(vae, shop.output / "base" / "vae")
-    record("decoder", measured, shop.output / "mini.json")
+    Alone, the latents and all that was learnt from them stay valid; else they are encoded anew by the next stage.
+    """
+
+    def stage(shop: Workshop) -> None:
+        from facegen.training.diffusion import save_vae
+        from facegen.training.vae import AutoencoderObjective, DecoderObjective, VAESettings
+
+        vae = _finished(shop.start or shop.output).vae
+        lessons = learn_from(shop, shop.pictures, vae)
+        recogniser, held_out = _recogniser(shop), Cache(shop.held_out)
+        kind = DecoderObjective if part == "decoder" else AutoencoderObjective
+        objective = kind(vae, lessons.pictures, held_out, VAESettings(), recogniser, lessons.latents)
+        measured = run(objective, shop.work / part, Budget(shop.steps(part)), VAE_SETTINGS)
+        save_vae(vae, shop.output / "base" / "vae")
+        record(part, measured, shop.output / "mini.json")
+
+    return stage
 
 
 def _recogniser(shop: Workshop) -> RecogniserNet:
@@ -422,7 +431,8 @@ STAGES: Mapping[str, Callable[[Workshop], None]] = {
 }
 EXTRA: Mapping[str, Callable[[Workshop], None]] = {
     "write": write_model,
-    "decoder": train_decoder,
+    "decoder": go_on_with("decoder"),
+    "autoencoder": go_on_with("autoencoder"),
     "distil": distil,
     "swap": swap,
     "restore": restore,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from facegen.conditions import TextCondition
 from facegen.face.networks import PlainBlock
 from facegen.training.cache import shuffled
 from facegen.training.loop import Objective
+from facegen.training.muon import muon_groups
 from facegen.world.captions import UNKNOWN, caption, parse_prompt
 from facegen.world.facts import FACTS, accepted, labels
 from facegen.world.parameters import Scenes
@@ -74,17 +75,21 @@ def unnamed(wanted: Tensor) -> Tensor:
 
 
 class LatentNet(nn.Module):
-    """Latents (B, C, 16, 16) to answers (B, outputs)."""
+    """Latents (B, C, 16, 16) to answers (B, outputs).
 
-    def __init__(self, channels: int, outputs: int, widths: Sequence[int] = (96, 160, 224), hidden: int = 384) -> None:
+    A mood or the colour of eyes lies in one or two places of the latents: the first blocks keep them apart.
+    """
+
+    def __init__(self, channels: int, outputs: int, widths: Sequence[int] = (128, 160, 224), hidden: int = 448) -> None:
         super().__init__()
         a, b, c = widths
         self.body = nn.Sequential(
             nn.Conv2d(channels, a, 3, 1, 1, bias=False), nn.BatchNorm2d(a), nn.ReLU(),
-            PlainBlock(a, b, 2), PlainBlock(b, b),
-            PlainBlock(b, c, 2),
+            PlainBlock(a, b),
+            PlainBlock(b, c, 2), PlainBlock(c, c),
+            nn.Conv2d(c, 48, 1, bias=False), nn.BatchNorm2d(48), nn.ReLU(),
         )  # fmt: skip
-        self.mix = nn.Sequential(nn.Linear(c * 16, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Dropout(0.1))
+        self.mix = nn.Sequential(nn.Linear(48 * 64, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Dropout(0.1))
         self.head = nn.Linear(hidden, outputs)
 
     def answers(self, latents: Tensor) -> Tensor:
@@ -147,6 +152,10 @@ class LatentReaderObjective(Objective):
         self.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.who = person_means(lessons)
         self.what = _classes(lessons.pictures.scenes(torch.arange(len(lessons.pictures))))
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Muon moves what lies between the first layer and the answers."""
+        return muon_groups(self.module, ("reader.body.0", "reader.head"))
 
     def batch(self, step: int, generator: torch.Generator) -> dict[str, Tensor]:
         rows = shuffled(len(self.lessons.pictures), self.settings.batch, step, self.settings.seed)

@@ -16,6 +16,7 @@ from facegen.world.facts import (
     FACTS,
     LOOSE,
     UNKNOWN,
+    UNSEEN,
     Fact,
     accepted,
     describe,
@@ -158,7 +159,7 @@ _ADJECTIVES = frozenset({
 _WORTH: Mapping[str, float] = {
     "hair": 4.0, "expression": 3.0, "glasses": 2.5, "hat": 2.5, "clothes": 1.8, "background": 1.8, "beard": 2.0,
     "goatee": 2.0, "moustache": 1.6, "stubble": 1.5, "eyes": 2.5, "looking": 1.2, "tilt": 1.2, "light": 0.5,
-    "light_color": 0.9, "skin": 0.5, "eye_color": 0.6, "freckles": 0.8, "earrings": 1.2, "lipstick": 1.2,
+    "skin": 0.5, "eye_color": 0.6, "freckles": 0.8, "earrings": 1.2, "lipstick": 1.2,
     "eye_makeup": 1.0, "mouth": 0.35,
 }  # fmt: skip
 _DULL: Mapping[tuple[str, str], float] = {
@@ -283,7 +284,7 @@ def _chosen(facts: Mapping[str, str], dice: Dice) -> list[str]:
     told |= {kind for kind in ("glasses", "hat") if facts[kind] != "none"}
     if "hair_style" in facts or "hair_color" in facts:
         told.add("hair")
-    kinds = sorted(told)  # sets have no order of their own
+    kinds = sorted(told - UNSEEN)  # sets have no order of their own
     if facts.get("gender") != "man":
         kinds = [kind for kind in kinds if facts.get(kind) != "no"]
     chosen: list[str] = []

@@ -69,6 +69,10 @@ FACTS: Mapping[str, tuple[str, ...]] = {
     "light_color": ("cool", "neutral", "warm"),
 }  # fmt: skip
 
+# Drawn so faintly that nobody can tell (from coolest to warmest the red of a picture changes by 2 %, and a judge that
+# learnt it is right in 59 % of three values): captions do not tell of it, and no judge is asked.
+UNSEEN: frozenset[str] = frozenset({"light_color"})
+
 LOOSE: Mapping[str, Mapping[str, frozenset[str]]] = {
     "hair_style": {
         "any long": frozenset({"long straight", "long wavy", "ponytail"}),

@@ -27,14 +27,17 @@ from facegen.training.mini import STAGES, train
 from facegen.training.objectives.denoising import another, face_weights
 from facegen.training.objectives.velocity import VelocityObjective
 from facegen.training.vae import (
+    AutoencoderObjective,
     DecoderObjective,
     VAEObjective,
     VAESettings,
+    detail_weights,
     encode_all,
     encodes_so,
     fold_statistics,
     new_vae,
 )
+from facegen.world.render import PARSING
 
 VAE = VAESettings(channels=(16, 16, 32, 32), latent_channels=4, batch=2, crop=64)
 SIZES = DiffusionSettings(
@@ -74,19 +77,40 @@ def test_the_autoencoder_learns(pictures: Cache, tmp_path: Path) -> None:
     assert measured["psnr"] > before + 3
 
 
-def test_the_decoder_learns_alone(pictures: Cache, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "parts"),
+    [
+        (DecoderObjective, {"decoder", "post_quant_conv"}),
+        (AutoencoderObjective, {"encoder", "quant_conv", "decoder", "post_quant_conv"}),
+    ],
+)
+def test_a_finished_autoencoder_goes_on(
+    kind: type[DecoderObjective], parts: set[str], pictures: Cache, tmp_path: Path
+) -> None:
     torch.manual_seed(0)
     vae = new_vae(VAE)
     recogniser = RecogniserNet(16, widths=(8, 8, 8), size=32).eval().requires_grad_(False)
     latents = encode_all(vae, pictures)
     before = {name: value.clone() for name, value in vae.state_dict().items()}
     settings = replace(VAE, crop=pictures.whole("rgb").shape[1])
-    objective = DecoderObjective(vae, pictures, pictures, settings, recogniser, latents)
+    objective = kind(vae, pictures, pictures, settings, recogniser, latents)
     worse = objective.figures()["psnr"]
     measured = run(objective, tmp_path, Budget(steps=30), LoopSettings(learning_rate=2e-3, warmup=5, average=0.9))
     assert measured["psnr"] > worse + 3
     changed = {name.split(".")[0] for name, value in vae.state_dict().items() if not torch.equal(value, before[name])}
-    assert changed == {"decoder", "post_quant_conv"}
+    assert changed == parts
+
+
+def test_eyes_weigh_most_and_every_picture_the_same(pictures: Cache) -> None:
+    parsing = pictures.whole("parsing")[:6]
+    weights = detail_weights(parsing)
+    assert weights.shape == (6, 1, *parsing.shape[1:])
+    torch.testing.assert_close(weights.mean((1, 2, 3)), torch.ones(6))
+    for row, labels in enumerate(parsing):
+        eyes = torch.isin(labels, torch.tensor([PARSING.index("l_eye"), PARSING.index("r_eye")]).byte())
+        assert eyes.any()
+        assert (weights[row, 0][eyes] == weights[row].max()).all()
+        assert weights[row].min() < 0.2 * weights[row].max()
 
 
 def test_folding_statistics_changes_latents_but_no_picture(pictures: Cache) -> None:

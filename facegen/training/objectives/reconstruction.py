@@ -14,18 +14,22 @@ def edges(image: Tensor) -> tuple[Tensor, Tensor]:
     return image[..., 1:] - image[..., :-1], image[..., 1:, :] - image[..., :-1, :]
 
 
-def reconstruction_loss(found: Tensor, wanted: Tensor, scales: int = 2) -> Tensor:
+def reconstruction_loss(found: Tensor, wanted: Tensor, scales: int = 2, weights: Tensor | None = None) -> Tensor:
     """Mean absolute and squared error of values and mean absolute error of edges. (B, 3, H, W) in [-1, 1] → scalar.
 
     Edges carry what a face is recognised by (lids, iris, lips, frames), and a plain squared error blurs them.
+    weights: how much each place counts, (B, 1, H, W), 1 on average; None: all alike.
     """
-    loss = (found - wanted).abs().mean() + 2 * (found - wanted).square().mean()
+    weights = torch.ones_like(wanted[:, :1]) if weights is None else weights
+    error = found - wanted
+    loss = ((error.abs() + 2 * error.square()) * weights).mean()
     for scale in range(scales):
-        for a, b in zip(edges(found), edges(wanted), strict=True):
-            loss = loss + 0.7**scale * 0.7 * (a - b).abs().mean()
+        across, down = edges(found - wanted)
+        loss = loss + 0.7**scale * 0.7 * (across.abs() * (weights[..., 1:] + weights[..., :-1]) / 2).mean()
+        loss = loss + 0.7**scale * 0.7 * (down.abs() * (weights[..., 1:, :] + weights[..., :-1, :]) / 2).mean()
         if scale + 1 < scales:
-            found, wanted = F.avg_pool2d(found, 2), F.avg_pool2d(wanted, 2)
-            loss = loss + 0.5 * (found - wanted).abs().mean()
+            found, wanted, weights = (F.avg_pool2d(one, 2) for one in (found, wanted, weights))
+            loss = loss + 0.5 * ((found - wanted).abs() * weights).mean()
     return loss
 
 
