@@ -54,6 +54,10 @@ class InpaintRequest(PersonRequest, _Where):
         1.0, "How much of the part's old look goes: 1 all of it, near 0 hardly any, 0 nothing is changed.",
         low=0, high=1, slider=(0, 1, 0.05),
     )  # fmt: skip
+    guidance_scale: float = number(
+        5.0, "How closely to follow the prompt; 1 or less turns guidance off.",
+        low=0, high=50, slider=(1, 15, 0.5), alias="guidance",
+    )  # fmt: skip
     invert: bool = switch(False, "Paint everything but the mask.", advanced=True)
     grow: float = number(
         0.0, "Widen the mask by this share of its size; less than 0 leaves a rim of it, so that its outline is kept.",

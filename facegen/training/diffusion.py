@@ -238,16 +238,15 @@ class DiffusionObjective(DenoisingObjective):
         return drawn.permute(0, 3, 1, 2).float() / 255 * kept[:, None, None, None]
 
     def conditions(self, batch: Batch) -> list[Condition]:
-        """The same conditions that a picture is made under."""
-        request = AdapterRequest(prompt=batch.prompts, guidance=False, control=batch.control, scale=None)
+        """The same conditions that a picture is made under, adapters at the strength that they have by default."""
+        request = AdapterRequest(prompt=batch.prompts, guidance=False, control=batch.control)
         if batch.way == "prompt":
             return self.adapters["arc2face"].conditions_from_embeddings(batch.embeddings, self.model, request)
         embeds = self.model.text_encoder(self.model.tokenize(batch.prompts)).last_hidden_state
         adapter = self.adapters[batch.way]
-        full = AdapterRequest(guidance=False, control=batch.control, scale=1.0, control_scale=1.0)
         return [
             TextCondition(embeds=halves(embeds, False)),
-            *adapter.conditions_from_embeddings(batch.embeddings, self.model, full),
+            *adapter.conditions_from_embeddings(batch.embeddings, self.model, request),
         ]
 
     def loss(self, batch: Batch, step: int, generator: torch.Generator) -> dict[str, Tensor]:

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from facegen.adapters.instantid import InstantID
+from facegen.conditions import ControlCondition, TokenCondition
 from facegen.errors import WrongRequest
 from facegen.face.networks import RecogniserNet
 from facegen.training.cache import Cache
@@ -172,6 +174,15 @@ def test_every_way_reaches_its_own_weights(objective: DiffusionObjective, way: s
     assert touched(objective.model.text_encoder)
     for name in ("instantid", "ip_adapter_faceid"):
         assert touched(objective.adapters[name].modules()) == (name == way)
+
+
+def test_adapters_learn_at_the_strength_that_they_are_used_with(objective: DiffusionObjective) -> None:
+    adapter = objective.adapters["instantid"]
+    assert isinstance(adapter, InstantID)
+    batches = (objective.batch(0, torch.Generator().manual_seed(seed)) for seed in range(99))
+    batch = next(batch for batch in batches if batch.way == "instantid")
+    strengths = [c.scale for c in objective.conditions(batch) if isinstance(c, TokenCondition | ControlCondition)]
+    assert strengths == [adapter.strength] * 2
 
 
 def test_faces_weigh_more(objective: DiffusionObjective) -> None:
