@@ -179,7 +179,7 @@ class PersonRequest(Request):
         30, "How many denoising steps.", low=1, high=1000, slider=(4, 60, 1), alias="steps"
     )
     guidance_scale: float = number(
-        3.0, "How closely to follow the prompt: mini is best at 3, most adapters came with 3 to 7.5; 1 or less is none.",
+        3.0, "How closely to follow the prompt: 3 suits mini, most adapters came with 3 to 7.5; 1 or less is none.",
         low=0, high=50, slider=(1, 15, 0.5), alias="guidance",
     )  # fmt: skip
     scheduler: str = choice(
