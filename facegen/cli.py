@@ -173,7 +173,7 @@ class HelloRequest(Request):
     task: ClassVar[str] = "Paint one person in different hair, light and moods: a labelled sheet and its portraits."
 
     faces: tuple[Any, ...] = photos("Photos of one person, or example:1 to example:999.", positional=True)
-    adapter: str = text("instantid", "How the person is brought in: arc2face, instantid or ip_adapter_faceid.")
+    adapter: str = text("ip_adapter_faceid", "How the person is brought in: arc2face, instantid or ip_adapter_faceid.")
     num_inference_steps: int = integer(20, "How many denoising steps.", low=1, high=1000, alias="steps")
     guidance_scale: float = number(2.5, "How closely to follow the prompts.", low=0, high=50, alias="guidance")
     seed: int = integer(1, "Where the noise starts.", low=0, high=2**53)
