@@ -132,13 +132,13 @@ def attributes(judges: Judges, scenes: Scenes, size: int = 128) -> dict[str, flo
     """Share of all settled facts that the judge reads right, its worst kind, and what always saying the commonest
     value would get.
     """
-    from facegen.world.facts import FACTS, UNKNOWN, UNSEEN, labels
+    from facegen.world.facts import UNKNOWN, labels
 
     truth = labels(scenes)
-    seen: dict[str, list[Tensor]] = {kind: [] for kind in FACTS if kind not in UNSEEN}
+    seen: dict[str, list[Tensor]] = {}
     for one in rendered(scenes, size):
         for kind, chances in judges.facts(one.rgb).items():
-            seen[kind].append(chances.argmax(1).cpu())
+            seen.setdefault(kind, []).append(chances.argmax(1).cpu())
     right: dict[str, Tensor] = {}
     guessed = []
     for kind, parts in seen.items():

@@ -77,6 +77,12 @@ def new_vae(settings: VAESettings) -> AutoencoderKL:
     )
 
 
+def divergence(posterior: Any) -> Tensor:
+    """From the unit Gaussian, mean over all numbers of the latents (Kingma & Welling 2014, appendix B)."""
+    mean, variance = posterior.mean.float(), posterior.var.float()
+    return cast(Tensor, 0.5 * (mean.square() + variance - 1 - variance.log()).mean())
+
+
 class VAEObjective(Objective):
     """Reconstruct crops through noisy latents, the latents kept near the unit Gaussian (Kingma & Welling 2014).
 
@@ -134,8 +140,7 @@ class VAEObjective(Objective):
         posterior = self.vae.encode(images).latent_dist
         found = self.vae.decode(posterior.sample(generator)).sample.float()
         rebuilt = reconstruction_loss(found, images)
-        mean, variance = posterior.mean.float(), posterior.var.float()
-        kl = 0.5 * (mean.square() + variance - 1 - variance.log()).mean()
+        kl = divergence(posterior)
         color = F.mse_loss(self.color(posterior.mean).float(), F.avg_pool2d(images, self.factor))
         losses = {"rebuilt": rebuilt, "kl": kl, "color": color}
         loss = rebuilt + settings.kl * settings.latent_channels * kl + settings.color * color
@@ -226,10 +231,8 @@ class AutoencoderObjective(DecoderObjective):
     def seen(self, rows: Tensor, images: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         settings = self.settings
         posterior = cast(Any, self.vae).encode(images).latent_dist
-        mean, variance = posterior.mean.float(), posterior.var.float()
-        kl = 0.5 * (mean.square() + variance - 1 - variance.log()).mean()
-        moved = F.mse_loss(mean, self.latents[rows].float())
-        said = {"kl": settings.kl * settings.latent_channels * kl, "moved": settings.moved * moved}
+        moved = F.mse_loss(posterior.mean.float(), self.latents[rows].float())
+        said = {"kl": settings.kl * settings.latent_channels * divergence(posterior), "moved": settings.moved * moved}
         return posterior.sample(generator), said
 
 
