@@ -16,7 +16,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, cast
@@ -443,11 +443,15 @@ class Place:
 
 
 def writable(folder: Path) -> None:
-    """Make the folder if need be; raises :class:`facegen.errors.OutputUnwritable` unless files can be made in it."""
+    """Raises :class:`facegen.errors.OutputUnwritable` unless files can be made in the folder, or in it once it is there.
+
+    Nothing is left: what is saved makes its folder, and a command that fails before makes none.
+    """
     import tempfile
 
     from facegen.errors import OutputUnwritable
 
+    made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -456,6 +460,10 @@ def writable(folder: Path) -> None:
         raise OutputUnwritable(
             f"Cannot write to {folder}: {error.strerror or error}; choose another place with --output."
         ) from error
+    finally:
+        for parent in made:
+            with suppress(OSError):  # not made, or somebody else's files are in it by now
+                parent.rmdir()
 
 
 class Bar:

@@ -137,6 +137,14 @@ def test_an_unwritable_place_is_known_before_the_work(
     assert "Cannot write to" in told(capsys)
 
 
+def test_a_command_that_fails_leaves_no_folder(
+    quick: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generate", *quick[:-1], str(tmp_path / "new" / "deeper"), "--adapters", "nothing_of_this_name"]) == 2
+    assert "nothing_of_this_name" in told(capsys)
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_picture_without_metadata(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Image.new("RGB", (16, 16)).save(tmp_path / "plain.png")
     assert main(["read", str(tmp_path / "plain.png")]) == 2
