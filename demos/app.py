@@ -28,7 +28,8 @@ import gradio as gr
 from facegen import __version__, examples
 from facegen.demos import forms, reports, studio
 from facegen.errors import Cancelled, FacegenError, WrongRequest
-from facegen.pipeline import Loading, task, tasks
+from facegen.loading import Loading
+from facegen.pipeline import task, tasks
 from facegen.request import Control, Request, make
 
 log = logging.getLogger(__name__)
@@ -427,7 +428,7 @@ def launch(
 ) -> gr.Blocks:
     """Serve the demo until Ctrl-C (or in the background with block=False) and return the page.
 
-    options: the other fields of :class:`facegen.pipeline.Loading`. A port of None takes the first free one from 7860.
+    options: the other fields of :class:`facegen.loading.Loading`. A port of None takes the first free one from 7860.
     Raises :class:`facegen.errors.WrongRequest` when the port is taken.
     """
     page = build(make(Loading, {"model": model, **(options or {})}))

@@ -13,8 +13,9 @@ from typing import Any
 from PIL import Image
 
 from facegen.errors import Cancelled
+from facegen.loading import Loading
 from facegen.metadata import Picture
-from facegen.pipeline import Loading, Pipeline, Progress, Watch, task
+from facegen.pipeline import Pipeline, Progress, Watch, task
 from facegen.report import Report
 
 log = logging.getLogger(__name__)

@@ -44,7 +44,8 @@ from facegen.request import (
 )
 
 if TYPE_CHECKING:
-    from facegen.pipeline import Loading, Pipeline, Progress
+    from facegen.loading import Loading
+    from facegen.pipeline import Pipeline, Progress
 
 log = logging.getLogger("facegen")
 Verb = Callable[[argparse.Namespace], int]
@@ -343,7 +344,8 @@ def overview() -> str:
 
 def commands() -> dict[str, Command]:
     """All verbs: the tasks of pipelines/ first, then those about the house."""
-    from facegen.pipeline import Loading, task, tasks
+    from facegen.loading import Loading
+    from facegen.pipeline import task, tasks
 
     painting = {}
     for name in tasks():
@@ -377,7 +379,8 @@ def _json_flag(parser: argparse.ArgumentParser) -> None:
 
 def _paint(name: str) -> Verb:
     def run(arguments: argparse.Namespace) -> int:
-        from facegen.pipeline import Loading, task
+        from facegen.loading import Loading
+        from facegen.pipeline import task
 
         kind = task(name)
         request = from_flags(kind.request_class, arguments)
@@ -443,7 +446,7 @@ class Place:
 
 
 def writable(folder: Path) -> None:
-    """Raises :class:`facegen.errors.OutputUnwritable` unless files can be made in the folder, or in it once it is there.
+    """Raises :class:`facegen.errors.OutputUnwritable` unless files can be made in the folder, there already or not.
 
     Nothing is left: what is saved makes its folder, and a command that fails before makes none.
     """
@@ -542,8 +545,9 @@ def _watch(progress: Bar) -> Any:
 def _hello(arguments: argparse.Namespace) -> int:
     from facegen import hello
     from facegen.images import save_png
+    from facegen.loading import Loading
     from facegen.metadata import marks
-    from facegen.pipeline import Loading, task
+    from facegen.pipeline import task
 
     request = from_flags(HelloRequest, arguments)
     loading = from_flags(Loading, arguments)
@@ -698,7 +702,8 @@ def _eval_edit(request: EvalRequest, output: Path | None, arguments: argparse.Na
     """The table of a task that changes one thing."""
     from facegen.evaluation import edits
     from facegen.files import write_json
-    from facegen.pipeline import Loading, task
+    from facegen.loading import Loading
+    from facegen.pipeline import task
     from facegen.request import make
 
     pipe = _load(task("generate"), Loading(model=request.model), arguments)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from facegen.conditions import Condition
     from facegen.face.describe import Description
-    from facegen.pipeline import Person
+    from facegen.loading import Person
 
 log = logging.getLogger(__name__)
 

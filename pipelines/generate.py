@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from facegen.conditions import Condition
     from facegen.face.head import Head
     from facegen.face.paste import Box
+    from facegen.loading import Person
     from facegen.models.slid import Slide
-    from facegen.pipeline import Person
 
 log = logging.getLogger(__name__)
 AUTO, WINDOWS, MASKS, NONE = "auto", "windows", "masks", "none"

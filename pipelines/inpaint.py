@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from facegen.conditions import Condition
     from facegen.face.paste import Box, Crop
     from facegen.face.types import Face
-    from facegen.pipeline import Person
+    from facegen.loading import Person
 
 OWN, NOBODY, AUTO = "photo", "nobody", "auto"
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from facegen.errors import WrongRequest
-from facegen.pipeline import Loaded, Painted, PersonRequest, Pipeline, Progress, Watch
+from facegen.loading import Loaded
+from facegen.pipeline import Painted, PersonRequest, Pipeline, Progress, Watch
 from facegen.request import Photo, Request, choice, integer, number, photo, photos, text
 
 if TYPE_CHECKING:
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
     from facegen.face.parsing_networks import Parser
     from facegen.face.paste import Box, Crop
     from facegen.face.types import Array, Face
+    from facegen.loading import Person
     from facegen.models.alignment import Aligner
-    from facegen.pipeline import Person
     from facegen.restoration.restorer import Restorer
 
 DIFFUSION = "diffusion"

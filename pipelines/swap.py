@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from facegen.conditions import Condition
     from facegen.face.paste import Box, Crop
     from facegen.face.types import Face
+    from facegen.loading import Person
     from facegen.models.swap import Swap
-    from facegen.pipeline import Person
 
 TRAINED, BOTH, ADAPTERS, GUIDANCE = "trained", "both", "adapters", "guidance"
 # They stay in front of the new face, as hands and things do; where one is not seen, the request's `front` says so.

@@ -32,7 +32,7 @@ FLOORS = (
     {"patch", "steering"},
     {"adapter", "adapters"},
     {"training", "evaluation", "report"},
-    {"repair"},
+    {"loading", "repair"},
     {"pipeline"},
     {"pipelines"},
     {"doctor", "hello", "weights_verb"},

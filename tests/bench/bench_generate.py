@@ -76,12 +76,12 @@ def facegen_side(setup: Setup, case: Case, side: str) -> Callable[[], Tensor]:
     from facegen.economy import PRESETS
     from facegen.eight_bits import shrink
     from facegen.few_steps import FewSteps, hurried
+    from facegen.loading import Loading
     from facegen.memory import MemoryPlan
     from facegen.models.compiled import compile_networks
     from facegen.models.lora import load_lora
     from facegen.models.sd15 import SD15Model
     from facegen.models.sdxl import SDXLModel
-    from facegen.pipeline import Loading
     from facegen.schedulers import build, start
 
     device, dtype = setup.where

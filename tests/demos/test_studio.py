@@ -10,7 +10,7 @@ import pytest
 from facegen.demos.app import refused, sentence
 from facegen.demos.studio import Finished, Painting, Studio
 from facegen.errors import Cancelled, NoFaceFound, WrongRequest
-from facegen.pipeline import Loading
+from facegen.loading import Loading
 from facegen.pipelines.generate import GenerateRequest
 
 

@@ -217,7 +217,7 @@ def test_needs_are_read_off_a_network(folders: dict[str, Path]) -> None:
 
 
 def test_the_plan_is_a_field_and_a_flag(folders: dict[str, Path]) -> None:
-    from facegen.pipeline import Loading
+    from facegen.loading import Loading
     from facegen.pipelines.generate import GeneratePipeline
     from facegen.request import add_flags, from_flags
 

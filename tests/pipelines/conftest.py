@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 
 from facegen.adapter import find_adapters
+from facegen.loading import Loaded
 from facegen.models.base import Model
 from facegen.models.projections import FaceProjection, ProjectionSizes
 from facegen.models.resampler import PerceiverSizes
-from facegen.pipeline import Loaded
 from facegen.pipelines.generate import GeneratePipeline
 
 DIM = 16  # length of the tiny pack's embeddings

@@ -16,8 +16,9 @@ from facegen.cli import command_line, main
 from facegen.denoise import Guidance
 from facegen.errors import FacegenError, NoFaceFound, SeveralFaces, WrongMask, WrongRequest
 from facegen.images import to_tensor
+from facegen.loading import Loaded
 from facegen.models.base import Model
-from facegen.pipeline import Loaded, rebuild
+from facegen.pipeline import rebuild
 from facegen.pipelines.inpaint import InpaintPipeline
 from tests.pipelines.hands import SEEDS, behind_a_hand
 

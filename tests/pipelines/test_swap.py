@@ -22,9 +22,10 @@ from facegen.face.align import ARCFACE_POINTS
 from facegen.face.embed import ArcFace
 from facegen.face.parse import FaceParser
 from facegen.images import to_tensor
+from facegen.loading import Loaded
 from facegen.models.base import Model
 from facegen.models.swap import KIND, Swap
-from facegen.pipeline import Loaded, rebuild
+from facegen.pipeline import rebuild
 from facegen.pipelines.swap import SwapPipeline
 from facegen.steering import likeness_guidance, parsing_guidance, unit_gradient
 from tests.pipelines.hands import SEEDS, behind_a_hand
