@@ -191,8 +191,15 @@ def test_ctrl_c_leaves_nothing_half_written(quick: list[str], tmp_path: Path) ->
 
 @pytest.mark.skipif(os.name != "posix", reason="signals are POSIX")
 def test_ctrl_c_while_loading(quick: list[str], tmp_path: Path) -> None:
-    process = subprocess.Popen([*PYTHON, "generate", *quick], cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    while not (tmp_path / "out").exists():  # the first thing that a run does
+    begun = tmp_path / "begun"
+    code = (
+        "import sys, pathlib\nfrom facegen import cli\nload = cli._load\n"
+        f"def told(*arguments):\n    pathlib.Path({str(begun)!r}).touch()\n    return load(*arguments)\n"
+        "cli._load = told\nsys.exit(cli.main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", code, "generate", *quick]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    while not begun.exists() and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     _, complaint = process.communicate(timeout=180)
