@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from facegen.errors import CheckpointBroken, WeightsMissing
 from facegen.face.networks import (
     AMOUNTS,
-    CATEGORIES,
     STRIDES,
     AttributeJudge,
     DetectorNet,
@@ -30,7 +29,7 @@ from facegen.face.networks import (
 )
 from facegen.face.warp import aligned_crops
 from facegen.training.objectives.reconstruction import feature_loss
-from facegen.world.facts import FACTS, UNSEEN
+from facegen.world.facts import UNSEEN
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets" / "mini"
 SIDE = 128  # pixels; what the judges were trained on
@@ -90,7 +89,7 @@ class Judges:
     @torch.no_grad()
     def attributes(self, images: Tensor) -> dict[str, Tensor]:
         """By name: probabilities (B, classes) of each of ``CATEGORIES``, amounts (B,) in [0, 1], values (B,)."""
-        answers = self.attributes_net(_resized(images.to(self.device)) * 2 - 1)
+        answers = self.attributes_net(resized(images.to(self.device)) * 2 - 1)
         return {
             name: answer.softmax(1) if answer.ndim == 2 else answer.sigmoid() if name in AMOUNTS else answer
             for name, answer in answers.items()
@@ -100,17 +99,13 @@ class Judges:
     @torch.no_grad()
     def facts(self, images: Tensor) -> dict[str, Tensor]:
         """Probabilities (B, classes) of each kind of fact that can be seen, as in ``facegen.world.facts.FACTS``."""
-        answers = self.attributes_net(_resized(images.to(self.device)) * 2 - 1)
-        return {
-            kind: answers[kind if kind in CATEGORIES else f"fact.{kind}"].softmax(1)
-            for kind in FACTS
-            if kind not in UNSEEN
-        }
+        answers = self.attributes_net.facts(resized(images.to(self.device)) * 2 - 1)
+        return {kind: answer.softmax(1) for kind, answer in answers.items() if kind not in UNSEEN}
 
     @torch.no_grad()
     def parse(self, images: Tensor) -> Tensor:
         """Class of each pixel, (B, H, W) int64, index into ``facegen.world.render.PARSING``."""
-        logits = self.parsing_net(_resized(images.to(self.device)) * 2 - 1)
+        logits = self.parsing_net(resized(images.to(self.device)) * 2 - 1)
         return F.interpolate(logits, images.shape[-2:], mode="bilinear").argmax(1)
 
     @torch.no_grad()
@@ -118,10 +113,7 @@ class Judges:
         """How differently pictures look, (B,): 0 for the same, as LPIPS without its learnt weights (Zhang et al. 2018),
         in what the layers of the judge of attributes see.
         """
-        layers, x = [], _resized(torch.cat([images, others]).to(self.device)) * 2 - 1
-        for layer in self.attributes_net.body:
-            x = layer(x)
-            layers.append(x)
+        layers = self.attributes_net.seen(resized(torch.cat([images, others]).to(self.device)) * 2 - 1)
         rows = [
             torch.cat([one[row : row + 1] for one in layer.chunk(2)]) for row in range(len(images)) for layer in layers
         ]
@@ -131,7 +123,7 @@ class Judges:
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
         """What the last layer of the judge of attributes sees, averaged over places, (B, F)."""
-        parts = _resized(images.to(self.device)).split(64)
+        parts = resized(images.to(self.device)).split(64)
         return torch.cat([self.attributes_net.body(part * 2 - 1).mean((2, 3)).float() for part in parts])
 
     def to(self, device: torch.device | str) -> Judges:
@@ -146,7 +138,7 @@ class Judges:
 def strongest(detector: DetectorNet, images: Tensor, threshold: float = 0.3) -> tuple[Tensor, Tensor]:
     """The five points (B, 5, 2), in pixels, of the most face-like face of pictures (B, 3, H, W) in [0, 1], and whether
     there is one at all, (B,)."""
-    pictures = (_resized(images) * 255 - 127.5) / 128
+    pictures = (resized(images) * 255 - 127.5) / 128
     scores, _, offsets = (torch.cat(part, 1).float() for part in detector(pictures))
     places = torch.cat([_centres(SIDE // stride, stride) for stride in STRIDES]).to(images.device)  # (N, 3)
     best = scores[..., 0].argmax(1)
@@ -172,7 +164,8 @@ def load_judges(assets: Path = ASSETS) -> Judges:
     )
 
 
-def _resized(images: Tensor) -> Tensor:
+def resized(images: Tensor) -> Tensor:
+    """Pictures (B, 3, H, W) as large as the judges see them."""
     if images.shape[-2:] == (SIDE, SIDE):
         return images.float()
     return F.interpolate(images.float(), (SIDE, SIDE), mode="bilinear", antialias=True)

@@ -222,9 +222,30 @@ class AttributeJudge(nn.Module):
         self.head = nn.Linear(hidden, sum(self.sizes.values()))
 
     def forward(self, pictures: Tensor) -> dict[str, Tensor]:
-        answers = self.head(self.mix(self.squeeze(self.body(pictures)).flatten(1))).float()
+        return self.answers(self.body(pictures))
+
+    def answers(self, seen: Tensor) -> dict[str, Tensor]:
+        """What it says by what its last layer sees, (B, C, 8, 8)."""
+        answers = self.head(self.mix(self.squeeze(seen).flatten(1))).float()
         parts = zip(self.sizes, answers.split(list(self.sizes.values()), 1), strict=True)
         return {name: part[:, 0] if name in AMOUNTS or name in VALUES else part for name, part in parts}
+
+    def facts(self, pictures: Tensor) -> dict[str, Tensor]:
+        """Logits (B, values) of every kind of ``facegen.world.facts.FACTS``, in its order."""
+        return self.facts_of(self.body(pictures))
+
+    def facts_of(self, seen: Tensor) -> dict[str, Tensor]:
+        """The same, by what its last layer sees."""
+        answers = self.answers(seen)
+        return {kind: answers[kind if kind in CATEGORIES else f"fact.{kind}"] for kind in FACTS}
+
+    def seen(self, pictures: Tensor) -> list[Tensor]:
+        """What each layer makes of them, (B, C, h, w)."""
+        layers, x = [], pictures
+        for layer in self.body:
+            x = layer(x)
+            layers.append(x)
+        return layers
 
 
 class ParsingNet(nn.Module):

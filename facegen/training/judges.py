@@ -20,7 +20,7 @@ from facegen.training.cache import Cache, shuffled
 from facegen.training.loop import Objective
 from facegen.training.muon import muon_groups
 from facegen.world.facts import UNKNOWN, labels
-from facegen.world.parameters import GLASSES, HATS, Scenes
+from facegen.world.parameters import GLASSES, Scenes
 
 # What changes its sign, and what changes places, in a mirrored picture.
 _MIRRORED = ("gaze_x", "yaw", "roll", "shift_x", "light_x")
@@ -36,11 +36,15 @@ class JudgeSettings:
 
 
 def targets_of(scenes: Scenes) -> dict[str, Tensor]:
-    """What :class:`AttributeJudge` should answer: class indices (B,) int64, amounts and values (B,) float32."""
+    """What :class:`AttributeJudge` should answer: class indices (B,) int64, amounts and values (B,) float32.
+
+    And, as ``seen.{name}``, whether the picture shows hair enough to tell (B,), 0 or 1.
+    """
     categories = {name: scenes.column(name).round().long() for name in CATEGORIES}
     numbers = {name: scenes.column(name) for name in (*AMOUNTS, *VALUES)}
     facts = labels(scenes)
-    return {**categories, **numbers, **{f"fact.{kind}": facts[kind].long() for kind in KINDS}}
+    seen = {f"seen.{name}": (facts[name] != UNKNOWN).float() for name in ("hair_style", "hair_color")}
+    return {**categories, **numbers, **seen, **{f"fact.{kind}": facts[kind].long() for kind in KINDS}}
 
 
 def mirrored(scenes: Scenes, which: Tensor) -> Scenes:
@@ -53,13 +57,10 @@ def mirrored(scenes: Scenes, which: Tensor) -> Scenes:
 
 
 def visible(targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights (B,) of the categories: colours of what is not worn, and hair under a beanie, are not asked."""
-    everything = torch.ones(len(targets["hat"]))
-    beanie = (targets["hat"] == HATS.index("beanie")).float()
-    bald = (targets["hair_style"] == 0).float()
-    return dict.fromkeys(CATEGORIES, everything) | {
-        "hair_style": 1 - beanie,
-        "hair_color": (1 - bald) * (1 - 0.7 * beanie),
+    """Weights (B,) of the categories: colours of what is not worn, and hair that nobody can see, are not asked."""
+    return dict.fromkeys(CATEGORIES, torch.ones(len(targets["hat"]))) | {
+        "hair_style": targets["seen.hair_style"],
+        "hair_color": targets["seen.hair_color"],
         "hat_color": (targets["hat"] > 0).float(),
         "glasses_color": ((targets["glasses"] > 0) & (targets["glasses"] < GLASSES.index("sunglasses"))).float(),
     }

@@ -24,7 +24,7 @@ from facegen.world.sampling import HELD_OUT_FROM
 
 if TYPE_CHECKING:
     from facegen.adapters.arc2face import Arc2Face
-    from facegen.face.networks import RecogniserNet
+    from facegen.face.networks import AttributeJudge, RecogniserNet
     from facegen.models.base import Model
     from facegen.models.sd15 import SD15Model
     from facegen.training.diffusion import DiffusionObjective, Lessons
@@ -45,6 +45,7 @@ STEPS: Mapping[str, int] = {
     "vae": 20000,
     "decoder": 20000,
     "autoencoder": 20000,
+    "teacher": 6000,
     "reader": 6000,
     "words": 6000,
     "diffusion": 40000,
@@ -132,9 +133,11 @@ def go_on_with(part: Literal["decoder", "autoencoder"]) -> Callable[[Workshop], 
 
         vae = _finished(shop.start or shop.output).vae
         lessons = learn_from(shop, shop.pictures, vae)
-        recogniser, held_out = _recogniser(shop), Cache(shop.held_out)
         kind = DecoderObjective if part == "decoder" else AutoencoderObjective
-        objective = kind(vae, lessons.pictures, held_out, VAESettings(), recogniser, lessons.latents)
+        objective = kind(
+            vae, lessons.pictures, Cache(shop.held_out), VAESettings(), _recogniser(shop), lessons.latents,
+            finished_teacher(shop),
+        )  # fmt: skip
         measured = run(objective, shop.work / part, Budget(shop.steps(part)), VAE_SETTINGS)
         save_vae(vae, shop.output / "base" / "vae")
         record(part, measured, shop.output / "mini.json")
@@ -234,6 +237,16 @@ def finished_reader(shop: Workshop, lessons: Lessons) -> LatentReader:
     return reader.eval().requires_grad_(False)
 
 
+def finished_teacher(shop: Workshop) -> AttributeJudge:
+    """The teacher of attributes with its averaged weights."""
+    from facegen.face.networks import network
+    from facegen.training.perception import STAGES as NETS
+
+    teacher = cast("AttributeJudge", network(NETS["teacher"].net))
+    wear_average(teacher, shop.work / "teacher")
+    return teacher.eval().requires_grad_(False)
+
+
 def _new_reader(lessons: Lessons) -> LatentReader:
     from facegen.training.reader import LatentReader
 
@@ -322,7 +335,7 @@ def _rewarded(objective: DiffusionObjective, shop: Workshop, stage: str) -> None
     detector = cast("DetectorNet", load_network(shop.output / "pack" / "det"))
     settings = RewardSettings()
     objective.settings = replace(objective.settings, batch=settings.lessons)
-    reward = RewardObjective(objective, _recogniser(shop), detector, settings)
+    reward = RewardObjective(objective, _recogniser(shop), detector, settings, finished_teacher(shop))
     before, name = _copied(objective), REWARDS[stage]
     measured = run(reward, shop.work / name, Budget(shop.steps(name)), REWARD_SETTINGS)
     _mix(objective, before, settings.share)
@@ -423,6 +436,7 @@ STAGES: Mapping[str, Callable[[Workshop], None]] = {
     **{name: train_perception(name) for name in PERCEPTION},
     "vae": train_vae,
     "latents": encode_pictures,
+    "teacher": train_perception("teacher"),
     "reader": train_reader,
     "words": train_words,
     "diffusion": train_diffusion,

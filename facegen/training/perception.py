@@ -28,11 +28,12 @@ Maker = Callable[[nn.Module, Cache, Cache | None, int], Objective]
 
 @dataclass(frozen=True)
 class Stage:
-    """One net's training: how the net and its objective are made, and how the loop is set."""
+    """One net's training: how the net and its objective are made, how the loop is set, and whether the net ships."""
 
     net: Mapping[str, object]
     objective: Maker
     settings: LoopSettings
+    ships: bool = True
 
 
 def _recogniser(net: nn.Module, cache: Cache, held_out: Cache | None, steps: int) -> Objective:
@@ -55,6 +56,14 @@ def _attributes(net: nn.Module, cache: Cache, held_out: Cache | None, steps: int
     from facegen.training.judges import AttributeObjective, JudgeSettings
 
     return AttributeObjective(net, cache, held_out, JudgeSettings(seed=3))  # type: ignore[arg-type]
+
+
+def _teacher(net: nn.Module, cache: Cache, held_out: Cache | None, steps: int) -> Objective:
+    from facegen.training.judges import AttributeObjective, JudgeSettings
+
+    objective = AttributeObjective(net, cache, held_out, JudgeSettings(shift=0.03, seed=113))  # type: ignore[arg-type]
+    objective.name = "teacher"  # type: ignore[misc]
+    return objective
 
 
 def _parsing(net: nn.Module, cache: Cache, held_out: Cache | None, steps: int) -> Objective:
@@ -86,6 +95,13 @@ STAGES: Mapping[str, Stage] = {
     "recogniser": Stage({"net": "recogniser"}, _recogniser, replace(_FAST, learning_rate=3e-3, seed=1)),
     "judge": Stage({"net": "judge"}, _judge, replace(_FAST, learning_rate=1.5e-3, seed=2)),
     "attributes": Stage({"net": "attributes"}, _attributes, replace(_FAST, seed=3)),
+    # Larger than the judge, from another start: it teaches what the judge will judge, and does not ship.
+    "teacher": Stage(
+        {"net": "attributes", "widths": (24, 56, 112, 144), "hidden": 192},
+        _teacher,
+        replace(_FAST, seed=113),
+        ships=False,
+    ),
     "parsing": Stage(
         {"net": "parsing", "classes": len(PARSING), "detail": 8},
         _parsing,
@@ -145,8 +161,8 @@ def train(name: str, places: Places, budget: Budget, start: Path | None = None) 
     measured = run(objective, places.run, Budget(steps), stage.settings)
     measured |= {"pictures": len(cache), "people": len(cache.people)}
     if places.assets is not None:
-        net.eval()
-        export(name, net, places.assets)
+        if stage.ships:
+            export(name, net.eval(), places.assets)
         record(name, measured, places.assets / "mini.json")
         if name == "recogniser" and "threshold_1e2" in measured:
             about = {"same_person": measured["threshold_1e2"]}

@@ -3,11 +3,12 @@
 The long lesson shows noised pictures, in which the right face is there already. Here the model walks from noise in a
 few guided steps; at one of the places that it comes by, its estimate is decoded, the face aligned, and the recogniser's
 cosine to the person asked for is the reward, through which gradients reach the weights in that one step (ReFL, Xu et
-al., arXiv 2304.05977; an accurate identity loss on pictures of a few steps: PuLID, Guo et al., arXiv 2404.16022). The
-long lesson goes on beside it, in each step, so that what pleases the recogniser stays a picture of this world. A critic
-learns beside to tell what is painted from latents of true pictures, and its opinion of a walk's last place is a reward
-too (hinge loss, Lim & Ye, arXiv 1705.02894; on a few steps of diffusion: Sauer et al., arXiv 2311.17042): a squared
-error alone leaves hair and grounds in a haze. The judges of the evaluation are other nets.
+al., arXiv 2304.05977; an accurate identity loss on pictures of a few steps: PuLID, Guo et al., arXiv 2404.16022). A net
+that tells the facts of a picture says in the same way how far it is from the prompt. The long lesson goes on beside it,
+in each step, so that what pleases the recogniser stays a picture of this world. A critic learns beside to tell what is
+painted from latents of true pictures, and its opinion of a walk's last place is a reward too (hinge loss, Lim & Ye,
+arXiv 1705.02894; on a few steps of diffusion: Sauer et al., arXiv 2311.17042): a squared error alone leaves hair and
+grounds in a haze. The judges of the evaluation are other nets.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from facegen.face.networks import DetectorNet, RecogniserNet
+from facegen.face.networks import AttributeJudge, DetectorNet, RecogniserNet
 from facegen.face.warp import aligned_crops
 from facegen.models.norms import quicken
 from facegen.training.loop import Objective
@@ -38,7 +39,8 @@ class RewardSettings:
 
     walks: how many steps a walk may have; guidance: theirs.
     likeness, obedience: weights of how unlike the person the recogniser finds the estimate, and of how far from the
-    prompt the reader of latents finds it; look: of how untrue the critic finds what comes of it.
+    prompt the reader of latents and the teacher of attributes find it; look: of how untrue the critic finds what comes
+    of it.
     uneven: weight of how much more often than true pictures the painted ones show something that nobody asked for, of
     the ``varied`` kinds of facts.
     last: share of the rewards that are given at the walk's last place, where the estimate is the finished picture.
@@ -123,10 +125,11 @@ class RewardObjective(Objective):
         recogniser: RecogniserNet,
         detector: DetectorNet,
         settings: RewardSettings = RewardSettings(),
+        teacher: AttributeJudge | None = None,
     ) -> None:
         from facegen.evaluation.judges import strongest
 
-        self.teaching, self.settings = teaching, settings
+        self.teaching, self.settings, self.teacher = teaching, settings, teacher
         self.critic = Critic(teaching.lessons.latents.shape[1])
         self.habits = Habits()
         own = {"critic": self.critic, "habits": self.habits}
@@ -184,7 +187,8 @@ class RewardObjective(Objective):
 
             way = guided(plain(teaching.model, teaching.conditions(batch)), without, settings.guidance)
             places, end = walk(way, teaching.velocity, noise, LEVELS, count)
-            points, found = self.points(teaching.model.decode(end))
+            painted = teaching.model.decode(end)
+            points, found = self.points(painted)
             # At the first there is only noise.
             chosen = count - 1 if roll[1] < settings.last else 1 + int(roll[2] * (count - 1))
             place = places[chosen]
@@ -194,26 +198,42 @@ class RewardObjective(Objective):
 
         velocity = guided(with_all, lambda noisy, steps: lows[chosen], settings.guidance)(place.noisy, place.steps)
         clean, certain = teaching.velocity.clean(velocity, place.noisy, place.steps)
-        crops = aligned_crops(teaching.model.decode(clean), points, self.recogniser.config["size"])
+        picture = teaching.model.decode(clean)
+        crops = aligned_crops(picture, points, self.recogniser.config["size"])
         who = self.recogniser(crops * 2 - 1).float()
         counts = certain * found * (batch.who != 0).any(1)
         said = {"unlike": (counts * (1 - F.cosine_similarity(who, batch.who))).sum() / counts.sum().clamp_min(1e-6)}
         said["amiss"] = said["untrue"] = said["uneven"] = torch.zeros(())
-        if teaching.reader is not None:
-            what = teaching.reader(clean.contiguous(memory_format=torch.channels_last))[1]
-            said["amiss"] = (certain * disobedience(what, batch.wanted)).mean()
+        read = self._read(clean, picture)
+        if read:
+            told = [disobedience(one, batch.wanted) for one in read]
+            said["amiss"] = (certain * torch.stack(told).mean(0)).mean()
             open_kinds = unnamed(batch.wanted)
-            for name, latents in (("true", batch.latents), ("painted", end)):
-                with torch.no_grad():
-                    seen = shares(teaching.reader(latents.contiguous(memory_format=torch.channels_last))[1])
-                self.habits.see(name, seen, open_kinds)
-            said["uneven"] = self.habits.uneven(shares(what), open_kinds, settings.varied)
+            with torch.no_grad():
+                true = teaching.model.decode(batch.latents) if self.teacher is not None else None
+                for name, latents, seen in (("true", batch.latents, true), ("painted", end, painted)):
+                    self.habits.see(name, shares(self._read(latents, seen)[-1]), open_kinds)
+            said["uneven"] = self.habits.uneven(shares(read[-1]), open_kinds, settings.varied)
         hazes = settings.haze * torch.randn((2, *end.shape), generator=generator, device=generator.device)
-        true, painted = self.critic(batch.latents + hazes[0]), self.critic(end + hazes[1])
-        said["critic"] = (1 - true).relu().mean() + (1 + painted).relu().mean()
+        trust, doubt = self.critic(batch.latents + hazes[0]), self.critic(end + hazes[1])
+        said["critic"] = (1 - trust).relu().mean() + (1 + doubt).relu().mean()
         if chosen == count - 1:
             frozen = {name: value.detach() for name, value in self.critic.named_parameters()}
             said["untrue"] = -torch.func.functional_call(self.critic, frozen, (clean + hazes[1],)).mean()
+        return said
+
+    def _read(self, latents: Tensor, pictures: Tensor | None) -> list[Tensor]:
+        """What latents and pictures in [0, 1] show, logits (B, values of all kinds), by each net that reads here.
+
+        The teacher of attributes comes last, for it reads pictures better than the other does latents.
+        """
+        from facegen.evaluation.judges import resized
+
+        said = []
+        if self.teaching.reader is not None:
+            said.append(self.teaching.reader(latents.contiguous(memory_format=torch.channels_last))[1])
+        if self.teacher is not None and pictures is not None:
+            said.append(torch.cat(list(self.teacher.facts(resized(pictures) * 2 - 1).values()), 1))
         return said
 
     def figures(self) -> dict[str, float]:

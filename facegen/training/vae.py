@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from facegen.face.networks import RecogniserNet
+from facegen.face.networks import AttributeJudge, RecogniserNet
 from facegen.face.warp import aligned_crops
 from facegen.models.norms import quicken
 from facegen.training.cache import Cache, shuffled
@@ -37,6 +37,8 @@ class VAESettings:
     face: float = 0.2  # weight of what the recogniser sees in the aligned face, where there is a recogniser
     decoder_batch: int = 8  # pictures, where a finished autoencoder goes on
     decoder_face: float = 0.5
+    look: float = 0.5  # weight of what the teacher of attributes sees, where there is one
+    facts: float = 0.1  # weight of how differently it tells what is shown
     moved: float = 0.05  # weight of how far latents of a finished encoder move, where it goes on
     seed: int = 8
 
@@ -170,7 +172,9 @@ class VAEObjective(Objective):
 class DecoderObjective(VAEObjective):
     """The decoder goes on alone, from latents that are kept: all that was learnt from them stays valid.
 
-    What is small and matters weighs more than in the first lesson (:data:`DETAILS`).
+    What is small and matters weighs more than in the first lesson (:data:`DETAILS`). With ``teacher`` the rebuilt
+    picture must also look the same, and show the same facts, to a net that has learnt to tell them (perceptual loss,
+    Johnson et al. 2016): an error alone leaves a moustache half there.
     """
 
     name = "decoder"
@@ -184,8 +188,10 @@ class DecoderObjective(VAEObjective):
         settings: VAESettings,
         recogniser: RecogniserNet,
         latents: Tensor,
+        teacher: AttributeJudge | None = None,
     ) -> None:
         super().__init__(vae, pictures, held_out, settings, recogniser)
+        self.teacher = teacher
         self.latents = latents  # (N, C, h, w)
         self.parsing = pictures.whole("parsing")  # (N, H, W) uint8
         self.module = nn.ModuleDict({name: vae.get_submodule(name) for name in self.parts})
@@ -215,7 +221,20 @@ class DecoderObjective(VAEObjective):
         rebuilt = reconstruction_loss(found, images, weights=detail_weights(self.parsing[rows]))
         face = self.unlike(self.recogniser, found, images, points)
         loss = rebuilt + self.settings.decoder_face * face
+        if self.teacher is not None:
+            said |= self.told(self.teacher, found, images)
         return {"loss": loss + sum(said.values()), "rebuilt": rebuilt, "face": face, **said}
+
+    def told(self, teacher: AttributeJudge, found: Tensor, images: Tensor) -> dict[str, Tensor]:
+        """How differently the teacher sees pictures (B, 3, H, W) in [-1, 1], and what it tells of them, weighed."""
+        from facegen.evaluation.judges import resized
+
+        layers = teacher.seen(resized(torch.cat([found, images])))
+        answers = teacher.facts_of(layers[-1]).values()
+        told = [one.log_softmax(1).chunk(2) for one in answers]
+        unlike = [F.kl_div(a, b.detach(), reduction="batchmean", log_target=True) for a, b in told]
+        settings = self.settings
+        return {"look": settings.look * feature_loss(layers), "facts": settings.facts * torch.stack(unlike).mean()}
 
     def seen(self, rows: Tensor, images: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """What the decoder is given of these rows (B,) and pictures (B, 3, H, W), and what else is to be paid."""

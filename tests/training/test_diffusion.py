@@ -12,7 +12,7 @@ import torch
 from facegen.adapters.instantid import InstantID
 from facegen.conditions import ControlCondition, TokenCondition
 from facegen.errors import WrongRequest
-from facegen.face.networks import RecogniserNet
+from facegen.face.networks import AttributeJudge, RecogniserNet
 from facegen.training.cache import Cache
 from facegen.training.diffusion import (
     SCHEDULER,
@@ -101,6 +101,33 @@ def test_a_finished_autoencoder_goes_on(
     assert measured["psnr"] > worse + 3
     changed = {name.split(".")[0] for name, value in vae.state_dict().items() if not torch.equal(value, before[name])}
     assert changed == parts
+
+
+def test_a_decoder_learns_to_look_right_to_a_teacher_of_attributes(pictures: Cache) -> None:
+    torch.manual_seed(0)
+    vae = new_vae(VAE)
+    recogniser = RecogniserNet(16, widths=(8, 8, 8), size=32).eval().requires_grad_(False)
+    teacher = AttributeJudge(widths=(8, 8, 16, 16), hidden=16).requires_grad_(False)
+    for _ in range(30):  # its normalisations must know pictures, or all look the same to it
+        teacher(pictures.rgb(torch.arange(8)) * 2 - 1)
+    teacher.eval()
+    settings = replace(VAE, crop=pictures.whole("rgb").shape[1])
+    objective = DecoderObjective(vae, pictures, None, settings, recogniser, encode_all(vae, pictures), teacher)
+    generator = torch.Generator().manual_seed(1)
+    batch = objective.batch(0, generator)
+    optimizer = torch.optim.AdamW(objective.module.parameters(), lr=2e-3)
+    said = []
+    for _ in range(12):
+        losses = objective.loss(batch, 0, generator)
+        optimizer.zero_grad()
+        (losses["look"] + losses["facts"]).backward()
+        optimizer.step()
+        said.append((float(losses["look"].detach()), float(losses["facts"].detach())))
+    assert said[-1][0] < said[0][0]
+    assert said[-1][1] < said[0][1]
+    assert all(p.grad is None for p in teacher.parameters())
+    images = torch.rand(2, 3, 128, 128, generator=generator) * 2 - 1
+    assert all(float(value) == pytest.approx(0, abs=1e-5) for value in objective.told(teacher, images, images).values())
 
 
 def test_eyes_weigh_most_and_every_picture_the_same(pictures: Cache) -> None:

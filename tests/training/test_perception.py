@@ -29,13 +29,15 @@ from facegen.training.cache import Cache
 from facegen.training.crowds import CrowdSettings
 from facegen.training.detector import DetectorObjective, DetectorSettings, anchors, assign, giou
 from facegen.training.export import export
-from facegen.training.judges import AttributeObjective, JudgeSettings, mirrored, targets_of
+from facegen.training.judges import AttributeObjective, JudgeSettings, mirrored, targets_of, visible
 from facegen.training.loop import Budget, LoopSettings, run
+from facegen.training.mini import Workshop, finished_teacher
 from facegen.training.parsing import ParsingObjective, ParsingSettings, _dice, _nearest, mirrored_classes
 from facegen.training.perception import Places, take_over, train
 from facegen.training.points import PointsObjective, PointsSettings
 from facegen.training.recogniser import RecogniserObjective, RecogniserSettings, verification
-from facegen.world.facts import Fact, seen_facts
+from facegen.world.facts import FACTS, Fact, seen_facts
+from facegen.world.parameters import HAIR_STYLES
 
 FAST = LoopSettings(learning_rate=3e-3, warmup=2, average=0.5)
 
@@ -156,6 +158,16 @@ def test_a_mirrored_picture_has_mirrored_targets(cache: Cache) -> None:
     assert flipped["fact.looking"][0] == looking[int(targets["fact.looking"][0])]
     names = ("background", "l_eye", "r_eye", "l_lip", "u_lip", "ear_r")
     assert mirrored_classes(names).tolist() == [0, 2, 1, 3, 4, 5]
+
+
+def test_the_judge_is_asked_for_hair_that_can_be_seen(cache: Cache) -> None:
+    style = {name: float(place) for place, name in enumerate(HAIR_STYLES)}
+    worn = torch.tensor([style["bob"], style["buzz cut"], style["buzz cut"], style["bald"]])
+    hats = torch.tensor([1.0, 1.0, 0.0, 0.0])  # a bob shows below a beanie, a buzz cut does not
+    weights = visible(targets_of(cache.scenes(torch.arange(4)).with_values(hair_style=worn, hat=hats)))
+    assert weights["hair_color"].tolist() == [1, 0, 1, 0]
+    assert weights["hair_style"].tolist() == [1, 0, 1, 1]
+    assert weights["hat_color"].tolist() == [1, 1, 0, 0]
 
 
 def test_classes_stay_beside_the_middle_of_their_pixels() -> None:
@@ -304,3 +316,13 @@ def test_a_stage_trains_exports_records_and_its_judges_load(cache: Cache, tmp_pa
     assert points.shape == (3, 5, 2)
     assert found.shape == (3,)
     assert isinstance(load_network(assets / "pack" / "det"), DetectorNet)
+
+
+def test_a_teacher_of_attributes_is_recorded_and_does_not_ship(cache: Cache, tmp_path: Path) -> None:
+    assets = tmp_path / "assets"
+    train("teacher", Places(cache.folder, None, tmp_path / "teacher", assets), Budget(steps=1))
+    assert [path.name for path in assets.iterdir()] == ["mini.json"]
+    teacher = finished_teacher(Workshop(tmp_path, output=assets))
+    facts = teacher.facts(torch.rand(2, 3, 128, 128))
+    assert {kind: answers.shape[1] for kind, answers in facts.items()} == {k: len(v) for k, v in FACTS.items()}
+    assert not any(weight.requires_grad for weight in teacher.parameters())

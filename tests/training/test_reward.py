@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from facegen.face.networks import DetectorNet, RecogniserNet
+from facegen.face.networks import AttributeJudge, DetectorNet, RecogniserNet
 from facegen.training.diffusion import DiffusionObjective, DiffusionSettings
 from facegen.training.loop import Budget, LoopSettings, run
 from facegen.training.mini import Workshop, _wear
-from facegen.training.reader import _PLACES, shares
+from facegen.training.reader import _PLACES, asked, shares
 from facegen.training.reader import SIZES as READER_SIZES
 from facegen.training.reward import Habits, RewardObjective, RewardSettings
 from facegen.world.facts import FACTS
@@ -77,6 +77,36 @@ def test_some_of_the_painted_are_asked_for_by_the_prompt_alone(objective: Reward
     # Nobody's likeness is asked of them.
     nobody = replace(chosen, who=torch.zeros_like(chosen.who))
     assert objective.reward(nobody, torch.Generator().manual_seed(4))["unlike"] == 0
+
+
+def test_a_teacher_of_attributes_rewards_what_the_prompt_asks_for(objective: RewardObjective) -> None:
+    torch.manual_seed(1)
+    teacher = AttributeJudge(widths=(8, 8, 16, 16), hidden=16).eval().requires_grad_(False)
+    taught = RewardObjective(
+        objective.teaching, objective.recogniser, DetectorNet(widths=(4, 4, 8, 8, 8), neck=8).eval(),
+        objective.settings, teacher,
+    )  # fmt: skip
+    batch = replace(_batch(taught, "prompt"), prompts=["smiling, black hair"] * 6)  # type: ignore[type-var]
+    some = taught._chosen(replace(batch, wanted=asked(batch.prompts)))
+    before = {name: value.clone() for name, value in taught.module.state_dict().items()}
+    optimizer = torch.optim.AdamW(taught.module.parameters(), lr=1e-3)
+    said = []
+    for _ in range(5):
+        heard = taught.reward(some, torch.Generator().manual_seed(4))
+        optimizer.zero_grad()
+        heard["amiss"].backward()
+        optimizer.step()
+        said.append(float(heard["amiss"].detach()))
+    assert said[-1] < said[0]
+    assert all(p.grad is None for p in teacher.parameters())
+    # It has seen what true and painted pictures show where nothing was asked for, and only there.
+    habits = (taught.habits.get_buffer(name) for name in ("true", "painted"))
+    even = torch.cat([torch.full((size,), 1 / size) for size in READER_SIZES])
+    for seen in habits:
+        smile = _PLACES["expression", "smiling"]
+        assert seen[smile] == even[smile]
+        assert seen[_PLACES["looking", "ahead"]] != even[_PLACES["looking", "ahead"]]
+    taught.module.load_state_dict(before)
 
 
 def test_what_is_painted_too_often_is_held_against_it() -> None:
