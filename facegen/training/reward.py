@@ -5,10 +5,11 @@ few guided steps; at one of the places that it comes by, its estimate is decoded
 cosine to the person asked for is the reward, through which gradients reach the weights in that one step (ReFL, Xu et
 al., arXiv 2304.05977; an accurate identity loss on pictures of a few steps: PuLID, Guo et al., arXiv 2404.16022). A net
 that tells the facts of a picture says in the same way how far it is from the prompt. The long lesson goes on beside it,
-in each step, so that what pleases the recogniser stays a picture of this world. A critic learns beside to tell what is
-painted from latents of true pictures, and its opinion of a walk's last place is a reward too (hinge loss, Lim & Ye,
-arXiv 1705.02894; on a few steps of diffusion: Sauer et al., arXiv 2311.17042): a squared error alone leaves hair and
-grounds in a haze. The judges of the evaluation are other nets.
+in each step, so that what pleases the recogniser stays a picture of this world. Two critics learn beside to tell what
+is painted from true pictures, one by latents and one by what the net of facts sees, and their opinion of a walk's last
+place is a reward too (hinge loss, Lim & Ye, arXiv 1705.02894; on a few steps of diffusion, by what a frozen net sees:
+Sauer et al., arXiv 2311.17042): a squared error alone leaves hair and grounds in a haze. The judges of the evaluation
+are other nets.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ class RewardSettings:
 
     walks: how many steps a walk may have; guidance: theirs.
     likeness, obedience: weights of how unlike the person the recogniser finds the estimate, and of how far from the
-    prompt the reader of latents and the teacher of attributes find it; look: of how untrue the critic finds what comes
-    of it.
+    prompt the reader of latents and the teacher of attributes find it; look: of how untrue the critic of latents finds
+    what comes of it; sight: of how untrue the critic finds it that looks through the teacher.
     uneven: weight of how much more often than true pictures the painted ones show something that nobody asked for, of
     the ``varied`` kinds of facts.
     last: share of the rewards that are given at the walk's last place, where the estimate is the finished picture.
@@ -56,6 +57,7 @@ class RewardSettings:
     likeness: float = 1.0
     obedience: float = 0.6
     look: float = 0.04
+    sight: float = 0.1
     uneven: float = 1.0
     varied: tuple[str, ...] = ("looking", "tilt", "expression", "eyes", "mouth")
     last: float = 0.5
@@ -80,6 +82,26 @@ class Critic(nn.Module):
     def forward(self, latents: Tensor) -> Tensor:
         opinion: Tensor = self.body(latents)
         return opinion.float()
+
+
+class Beholder(nn.Module):
+    """A critic that sees pictures as a frozen net does: layers (B, C, h, w) to an opinion of each part of each layer.
+
+    What it sees knows hair from ground already, so that small heads learn to judge within few steps.
+    """
+
+    def __init__(self, channels: Sequence[int], width: int = 48) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(count, width, 3, 1, 1), nn.LeakyReLU(0.2), nn.Conv2d(width, 1, 1))
+            for count in channels
+        )
+
+    def forward(self, layers: Sequence[Tensor]) -> Tensor:
+        """(B, parts of all layers), above 0 true, below painted; every layer counts the same in its mean."""
+        said = [head(layer).flatten(1).float() for head, layer in zip(self.heads, layers, strict=True)]
+        most = max(one.shape[1] for one in said)
+        return torch.cat([one.repeat_interleave(most // one.shape[1], 1) for one in said], 1)
 
 
 class Habits(nn.Module):
@@ -132,14 +154,17 @@ class RewardObjective(Objective):
         self.teaching, self.settings, self.teacher = teaching, settings, teacher
         self.critic = Critic(teaching.lessons.latents.shape[1])
         self.habits = Habits()
-        own = {"critic": self.critic, "habits": self.habits}
+        own: dict[str, nn.Module] = {"critic": self.critic, "habits": self.habits}
+        if teacher is not None:
+            own["beholder"] = Beholder([layer.shape[1] for layer in teacher.seen(torch.zeros(1, 3, 128, 128))])
         self.module = nn.ModuleDict({**cast(nn.ModuleDict, teaching.module), **own})
         self.recogniser, self.points = recogniser, lambda images: strongest(detector, images)
         quicken(teaching.model.vae)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Those of the lessons; the critic learns faster, or it lags behind what it judges."""
-        return [*self.teaching.parameter_groups(), {"params": list(self.critic.parameters()), "scale": 3.0}]
+        """Those of the lessons; the critics learn faster, or they lag behind what they judge."""
+        critics = [p for name in ("critic", "beholder") if name in self.module for p in self.module[name].parameters()]
+        return [*self.teaching.parameter_groups(), {"params": critics, "scale": 3.0}]
 
     def batch(self, step: int, generator: torch.Generator) -> Batch:
         return self.teaching.batch(step, generator)
@@ -155,6 +180,7 @@ class RewardObjective(Objective):
                 + settings.likeness * said["unlike"]
                 + settings.obedience * said["amiss"]
                 + settings.look * said["untrue"]
+                + settings.sight * said["unreal"]
                 + settings.uneven * said["uneven"]
                 + said["critic"]
             )
@@ -171,8 +197,8 @@ class RewardObjective(Objective):
     def reward(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         """What is said of the pictures that the model paints of a batch, each the smaller the better.
 
-        unlike: the people (1 - cosine); amiss: what the prompts ask for; uneven: what they leave open; untrue: by the
-        critic, 0 at places before the last; critic: its own loss.
+        unlike: the people (1 - cosine); amiss: what the prompts ask for; uneven: what they leave open; untrue, unreal:
+        by the critic of latents and by the other, 0 at places before the last; critic: their own loss.
         """
         settings, teaching = self.settings, self.teaching
         roll = torch.rand(3, generator=generator, device=generator.device).tolist()
@@ -203,38 +229,59 @@ class RewardObjective(Objective):
         who = self.recogniser(crops * 2 - 1).float()
         counts = certain * found * (batch.who != 0).any(1)
         said = {"unlike": (counts * (1 - F.cosine_similarity(who, batch.who))).sum() / counts.sum().clamp_min(1e-6)}
-        said["amiss"] = said["untrue"] = said["uneven"] = torch.zeros(())
-        read = self._read(clean, picture)
+        said |= dict.fromkeys(("amiss", "untrue", "unreal", "uneven"), torch.zeros(()))
+        layers = self._seen(picture)
+        with torch.no_grad():
+            true_layers = self._seen(teaching.model.decode(batch.latents)) if self.teacher is not None else []
+            end_layers = self._seen(painted)
+        read = self._read(clean, layers)
         if read:
             told = [disobedience(one, batch.wanted) for one in read]
             said["amiss"] = (certain * torch.stack(told).mean(0)).mean()
             open_kinds = unnamed(batch.wanted)
             with torch.no_grad():
-                true = teaching.model.decode(batch.latents) if self.teacher is not None else None
-                for name, latents, seen in (("true", batch.latents, true), ("painted", end, painted)):
+                for name, latents, seen in (("true", batch.latents, true_layers), ("painted", end, end_layers)):
                     self.habits.see(name, shares(self._read(latents, seen)[-1]), open_kinds)
             said["uneven"] = self.habits.uneven(shares(read[-1]), open_kinds, settings.varied)
         hazes = settings.haze * torch.randn((2, *end.shape), generator=generator, device=generator.device)
-        trust, doubt = self.critic(batch.latents + hazes[0]), self.critic(end + hazes[1])
-        said["critic"] = (1 - trust).relu().mean() + (1 + doubt).relu().mean()
+        said["critic"] = _doubts(self.critic(batch.latents + hazes[0]), self.critic(end + hazes[1]))
+        if layers:
+            beholder = self.module["beholder"]
+            said["critic"] = said["critic"] + _doubts(beholder(true_layers), beholder(end_layers))
         if chosen == count - 1:
-            frozen = {name: value.detach() for name, value in self.critic.named_parameters()}
-            said["untrue"] = -torch.func.functional_call(self.critic, frozen, (clean + hazes[1],)).mean()
+            said["untrue"] = -_unmoved(self.critic, clean + hazes[1]).mean()
+            if layers:
+                said["unreal"] = -_unmoved(beholder, layers).mean()
         return said
 
-    def _read(self, latents: Tensor, pictures: Tensor | None) -> list[Tensor]:
-        """What latents and pictures in [0, 1] show, logits (B, values of all kinds), by each net that reads here.
+    def _seen(self, pictures: Tensor) -> list[Tensor]:
+        """What the teacher's layers see of pictures in [0, 1]; nothing without a teacher."""
+        from facegen.evaluation.judges import resized
+
+        return [] if self.teacher is None else self.teacher.seen(resized(pictures) * 2 - 1)
+
+    def _read(self, latents: Tensor, layers: Sequence[Tensor]) -> list[Tensor]:
+        """What a picture shows, logits (B, values of all kinds), by each net that reads here.
 
         The teacher of attributes comes last, for it reads pictures better than the other does latents.
         """
-        from facegen.evaluation.judges import resized
-
         said = []
         if self.teaching.reader is not None:
             said.append(self.teaching.reader(latents.contiguous(memory_format=torch.channels_last))[1])
-        if self.teacher is not None and pictures is not None:
-            said.append(torch.cat(list(self.teacher.facts(resized(pictures) * 2 - 1).values()), 1))
+        if self.teacher is not None:
+            said.append(torch.cat(list(self.teacher.facts_of(layers[-1]).values()), 1))
         return said
 
     def figures(self) -> dict[str, float]:
         return self.teaching.figures()
+
+
+def _doubts(true: Tensor, painted: Tensor) -> Tensor:
+    """A critic's loss by its opinions (hinge)."""
+    return (1 - true).relu().mean() + (1 + painted).relu().mean()
+
+
+def _unmoved(critic: nn.Module, seen: Any) -> Tensor:
+    """A critic's opinion, by which it is not itself moved."""
+    frozen = {name: value.detach() for name, value in critic.named_parameters()}
+    return cast(Tensor, torch.func.functional_call(critic, frozen, (seen,)))

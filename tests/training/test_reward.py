@@ -79,13 +79,16 @@ def test_some_of_the_painted_are_asked_for_by_the_prompt_alone(objective: Reward
     assert objective.reward(nobody, torch.Generator().manual_seed(4))["unlike"] == 0
 
 
-def test_a_teacher_of_attributes_rewards_what_the_prompt_asks_for(objective: RewardObjective) -> None:
+@pytest.fixture
+def taught(objective: RewardObjective) -> RewardObjective:
+    """With a net that tells facts."""
     torch.manual_seed(1)
     teacher = AttributeJudge(widths=(8, 8, 16, 16), hidden=16).eval().requires_grad_(False)
-    taught = RewardObjective(
-        objective.teaching, objective.recogniser, DetectorNet(widths=(4, 4, 8, 8, 8), neck=8).eval(),
-        objective.settings, teacher,
-    )  # fmt: skip
+    detector = DetectorNet(widths=(4, 4, 8, 8, 8), neck=8).eval()
+    return RewardObjective(objective.teaching, objective.recogniser, detector, objective.settings, teacher)
+
+
+def test_a_teacher_of_attributes_rewards_what_the_prompt_asks_for(taught: RewardObjective) -> None:
     batch = replace(_batch(taught, "prompt"), prompts=["smiling, black hair"] * 6)  # type: ignore[type-var]
     some = taught._chosen(replace(batch, wanted=asked(batch.prompts)))
     before = {name: value.clone() for name, value in taught.module.state_dict().items()}
@@ -98,7 +101,8 @@ def test_a_teacher_of_attributes_rewards_what_the_prompt_asks_for(objective: Rew
         optimizer.step()
         said.append(float(heard["amiss"].detach()))
     assert said[-1] < said[0]
-    assert all(p.grad is None for p in teacher.parameters())
+    assert taught.teacher is not None
+    assert all(p.grad is None for p in taught.teacher.parameters())
     # It has seen what true and painted pictures show where nothing was asked for, and only there.
     habits = (taught.habits.get_buffer(name) for name in ("true", "painted"))
     even = torch.cat([torch.full((size,), 1 / size) for size in READER_SIZES])
@@ -135,21 +139,20 @@ def test_what_is_painted_too_often_is_held_against_it() -> None:
     assert torch.equal(before, habits.get_buffer("painted"))
 
 
-def test_the_critic_learns_and_is_not_moved_by_whom_it_judges(objective: RewardObjective) -> None:
-    some = objective._chosen(_batch(objective, "prompt"))  # type: ignore[arg-type]
-    sure = RewardObjective(
-        objective.teaching, objective.recogniser, DetectorNet(widths=(4, 4, 8, 8, 8), neck=8).eval(),
-        replace(objective.settings, last=1.0),
-    )  # fmt: skip
-    said = sure.reward(some, torch.Generator().manual_seed(4))
-    own, others = list(sure.critic.parameters()), list(sure.teaching.module.parameters())
-    assert all(g is None for g in torch.autograd.grad(said["untrue"], own, retain_graph=True, allow_unused=True))
-    assert any(g is not None for g in torch.autograd.grad(said["untrue"], others, retain_graph=True, allow_unused=True))
+@pytest.mark.parametrize(("which", "opinion"), [("critic", "untrue"), ("beholder", "unreal")])
+def test_a_critic_learns_and_is_not_moved_by_whom_it_judges(taught: RewardObjective, which: str, opinion: str) -> None:
+    some = taught._chosen(_batch(taught, "prompt"))  # type: ignore[arg-type]
+    taught.settings = replace(taught.settings, last=1.0)
+    said = taught.reward(some, torch.Generator().manual_seed(4))
+    own = list(taught.module.get_submodule(which).parameters())
+    others = list(taught.teaching.module.parameters())
+    assert all(g is None for g in torch.autograd.grad(said[opinion], own, retain_graph=True, allow_unused=True))
+    assert any(g is not None for g in torch.autograd.grad(said[opinion], others, retain_graph=True, allow_unused=True))
     assert all(g is None for g in torch.autograd.grad(said["critic"], others, retain_graph=True, allow_unused=True))
     optimizer = torch.optim.AdamW(own, lr=2e-3)
     losses = []
     for _ in range(12):
-        loss = sure.reward(some, torch.Generator().manual_seed(4))["critic"]
+        loss = taught.reward(some, torch.Generator().manual_seed(4))["critic"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
