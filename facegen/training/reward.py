@@ -154,16 +154,16 @@ class RewardObjective(Objective):
         self.teaching, self.settings, self.teacher = teaching, settings, teacher
         self.critic = Critic(teaching.lessons.latents.shape[1])
         self.habits = Habits()
-        own: dict[str, nn.Module] = {"critic": self.critic, "habits": self.habits}
-        if teacher is not None:
-            own["beholder"] = Beholder([layer.shape[1] for layer in teacher.seen(torch.zeros(1, 3, 128, 128))])
+        seen = [] if teacher is None else teacher.seen(torch.zeros(1, 3, 128, 128))
+        self.beholder = Beholder([layer.shape[1] for layer in seen])
+        own = {"critic": self.critic, "habits": self.habits, "beholder": self.beholder}
         self.module = nn.ModuleDict({**cast(nn.ModuleDict, teaching.module), **own})
         self.recogniser, self.points = recogniser, lambda images: strongest(detector, images)
         quicken(teaching.model.vae)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Those of the lessons; the critics learn faster, or they lag behind what they judge."""
-        critics = [p for name in ("critic", "beholder") if name in self.module for p in self.module[name].parameters()]
+        critics = [*self.critic.parameters(), *self.beholder.parameters()]
         return [*self.teaching.parameter_groups(), {"params": critics, "scale": 3.0}]
 
     def batch(self, step: int, generator: torch.Generator) -> Batch:
@@ -246,12 +246,11 @@ class RewardObjective(Objective):
         hazes = settings.haze * torch.randn((2, *end.shape), generator=generator, device=generator.device)
         said["critic"] = _doubts(self.critic(batch.latents + hazes[0]), self.critic(end + hazes[1]))
         if layers:
-            beholder = self.module["beholder"]
-            said["critic"] = said["critic"] + _doubts(beholder(true_layers), beholder(end_layers))
+            said["critic"] = said["critic"] + _doubts(self.beholder(true_layers), self.beholder(end_layers))
         if chosen == count - 1:
             said["untrue"] = -_unmoved(self.critic, clean + hazes[1]).mean()
             if layers:
-                said["unreal"] = -_unmoved(beholder, layers).mean()
+                said["unreal"] = -_unmoved(self.beholder, layers).mean()
         return said
 
     def _seen(self, pictures: Tensor) -> list[Tensor]:
