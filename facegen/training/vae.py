@@ -37,8 +37,8 @@ class VAESettings:
     face: float = 0.2  # weight of what the recogniser sees in the aligned face, where there is a recogniser
     decoder_batch: int = 8  # pictures, where a finished autoencoder goes on
     decoder_face: float = 0.5
-    look: float = 0.5  # weight of what the teacher of attributes sees, where there is one
-    facts: float = 0.1  # weight of how differently it tells what is shown
+    look: float = 2.0  # weight of what the teacher of attributes sees, where there is one
+    facts: float = 0.6  # weight of how differently it tells what is shown
     moved: float = 0.05  # weight of how far latents of a finished encoder move, where it goes on
     seed: int = 8
 
