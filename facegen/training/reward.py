@@ -54,11 +54,11 @@ class RewardSettings:
     nobody: int = 2
     walks: tuple[int, ...] = (3, 4, 5)
     guidance: float = 3.0
-    likeness: float = 1.0
-    obedience: float = 0.6
+    likeness: float = 2.2
+    obedience: float = 0.8
     look: float = 0.04
-    sight: float = 0.1
-    uneven: float = 1.0
+    sight: float = 0.2
+    uneven: float = 1.5
     varied: tuple[str, ...] = ("looking", "tilt", "expression", "eyes", "mouth")
     last: float = 0.5
     haze: float = 0.1
