@@ -63,7 +63,9 @@ def test_the_lessons_go_on_beside_it(objective: RewardObjective) -> None:
     both = objective.loss(batch, 0, torch.Generator().manual_seed(5))  # type: ignore[arg-type]
     assert both["loss_ip_adapter_faceid"] == lesson["loss_ip_adapter_faceid"]
     gap = float(both["loss"].detach() - lesson["loss"].detach())
-    said = float(both["painted_unlike"] + both["painted_critic"] + objective.settings.look * both["painted_untrue"])
+    settings = objective.settings
+    liking = settings.likeness * both["painted_unlike"] + settings.look * both["painted_untrue"]
+    said = float(both["painted_critic"] + liking)
     assert both["painted_uneven"] == 0  # nobody reads latents here
     assert gap == pytest.approx(said, rel=1e-4)
 
