@@ -14,7 +14,7 @@ are other nets.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -234,15 +234,15 @@ class RewardObjective(Objective):
         with torch.no_grad():
             true_layers = self._seen(teaching.model.decode(batch.latents)) if self.teacher is not None else []
             end_layers = self._seen(painted)
-        read = self._read(clean, layers)
+        read = list(self._read(clean, layers))
         if read:
             told = [disobedience(one, batch.wanted) for one in read]
             said["amiss"] = (certain * torch.stack(told).mean(0)).mean()
             open_kinds = unnamed(batch.wanted)
             with torch.no_grad():
                 for name, latents, seen in (("true", batch.latents, true_layers), ("painted", end, end_layers)):
-                    self.habits.see(name, shares(self._read(latents, seen)[-1]), open_kinds)
-            said["uneven"] = self.habits.uneven(shares(read[-1]), open_kinds, settings.varied)
+                    self.habits.see(name, shares(next(self._read(latents, seen))), open_kinds)
+            said["uneven"] = self.habits.uneven(shares(read[0]), open_kinds, settings.varied)
         hazes = settings.haze * torch.randn((2, *end.shape), generator=generator, device=generator.device)
         said["critic"] = _doubts(self.critic(batch.latents + hazes[0]), self.critic(end + hazes[1]))
         if layers:
@@ -259,17 +259,15 @@ class RewardObjective(Objective):
 
         return [] if self.teacher is None else self.teacher.seen(resized(pictures) * 2 - 1)
 
-    def _read(self, latents: Tensor, layers: Sequence[Tensor]) -> list[Tensor]:
-        """What a picture shows, logits (B, values of all kinds), by each net that reads here.
+    def _read(self, latents: Tensor, layers: Sequence[Tensor]) -> Iterator[Tensor]:
+        """What a picture shows, logits (B, values of all kinds), by each net that reads here, one after the other.
 
-        The teacher of attributes comes last, for it reads pictures better than the other does latents.
+        The teacher of attributes comes first, for it reads pictures better than the other does latents.
         """
-        said = []
-        if self.teaching.reader is not None:
-            said.append(self.teaching.reader(latents.contiguous(memory_format=torch.channels_last))[1])
         if self.teacher is not None:
-            said.append(torch.cat(list(self.teacher.facts_of(layers[-1]).values()), 1))
-        return said
+            yield torch.cat(list(self.teacher.facts_of(layers[-1]).values()), 1)
+        if self.teaching.reader is not None:
+            yield self.teaching.reader(latents.contiguous(memory_format=torch.channels_last))[1]
 
     def figures(self) -> dict[str, float]:
         return self.teaching.figures()
