@@ -663,10 +663,10 @@ def _train_slider(request: TrainRequest, asked: SliderRequest, output: Path, wor
     import torch
 
     from facegen.models.base import Model
+    from facegen.training.loop import use_device
     from facegen.training.objectives.slider import SliderSettings
 
-    if request.device == "cpu":
-        os.environ["ACCELERATE_USE_CPU"] = "true"
+    use_device(request.device)
     model = Model.from_pretrained(asked.model, dtype=torch.float32, device=request.device)
     settings = SliderSettings(rank=asked.rank, seed=request.seed, rate=asked.rate)
     steps = max(1, round(asked.steps * request.budget))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -63,7 +64,7 @@ def by_layer(module: nn.Module, device: torch.device) -> list[RemovableHandle]:
             loan = lent(part, device)
             loan.__enter__()
             loans.append(loan)
-            return _moved(args, device), _moved(kwargs, device)
+            return moved(args, device), moved(kwargs, device)
 
         def take_back(
             part: nn.Module, args: Any, output: Any, loans: list[AbstractContextManager[None]] = loans
@@ -76,11 +77,14 @@ def by_layer(module: nn.Module, device: torch.device) -> list[RemovableHandle]:
     return handles
 
 
-def _moved(value: Any, device: torch.device) -> Any:
+def moved(value: Any, device: torch.device) -> Any:
+    """The same with its tensors on the device, in dicts, lists, tuples and dataclasses too."""
     if isinstance(value, Tensor):
         return value.to(device)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{one.name: moved(getattr(value, one.name), device) for one in fields(value)})
     if isinstance(value, dict):
-        return {key: _moved(one, device) for key, one in value.items()}
+        return {key: moved(one, device) for key, one in value.items()}
     if type(value) in (list, tuple):
-        return type(value)(_moved(one, device) for one in value)
+        return type(value)(moved(one, device) for one in value)
     return value

@@ -227,6 +227,10 @@ class Memory:
         if offload != "none":
             logger.info("%s of memory are free on %s: memory='%s'.", _gigabytes(free), self.device, offload)
 
+    def move(self, device: torch.device) -> None:
+        """Work on another device from now on; what is there already is to be placed again."""
+        self.plan = replace(self.plan, device=device)
+
     def place(self, network: nn.Module) -> None:
         """As the plan does it, after making room."""
         shrink(network, self.weights)

@@ -141,6 +141,12 @@ class Model(ABC):
         other.attention_layers = install(unet)
         return other
 
+    def move(self, device: torch.device) -> None:
+        """Work on another device from now on; the nets of adapters are moved by who has them."""
+        self.memory.move(device)
+        for part in (self.unet, self.vae, *self.text_encoders().values()):
+            self.memory.place(part)
+
     # --- facts --------------------------------------------------------------------------------------------------
 
     @property

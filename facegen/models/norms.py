@@ -57,14 +57,15 @@ def _spread(x: Tensor, channels: int) -> Tensor:
 
 
 class ChannelsLastGroupNorm(nn.GroupNorm):
-    """``nn.GroupNorm`` for (B, C, H, W) in channels-last memory; other inputs take PyTorch's own path.
+    """``nn.GroupNorm`` for (B, C, H, W) in channels-last memory on a CPU; other inputs take PyTorch's own path.
 
     The variance is the mean square less the squared mean, in float32: for activations of ordinary size the difference
     to PyTorch's is of the order of 1e-6. Used where CPU training spends its time, not where bits must match diffusers.
     """
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (PyTorch's name)
-        if input.ndim != 4 or self.weight is None or not input.is_contiguous(memory_format=torch.channels_last):
+        strange = input.ndim != 4 or self.weight is None or input.device.type != "cpu"
+        if strange or not input.is_contiguous(memory_format=torch.channels_last):
             return super().forward(input)
         return cast(Tensor, _GroupNorm.apply(input, self.weight, self.bias, self.num_groups, self.eps))
 

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from facegen.errors import WeightsMissing, WrongRequest
+from facegen.errors import Cancelled, WeightsMissing, WrongRequest
 from facegen.files import write_json
 from facegen.world.parameters import GROUPS, Scenes
 
@@ -215,6 +215,32 @@ def _spawn(folder: Path, plan: CachePlan, workers: int) -> Iterator[subprocess.P
         yield subprocess.Popen([sys.executable, "-m", "facegen.training.cache", *words], env=environment)
 
 
+def _apart(folder: Path, plan: CachePlan, workers: int) -> int:
+    """The worst exit status of so many processes; none of them outlives this one."""
+    processes = list(_spawn(folder, plan, workers))
+    try:
+        return max(abs(process.wait()) for process in processes)
+    finally:
+        for process in processes:
+            process.terminate()
+
+
+def fill_cache(folder: Path, plan: CachePlan, workers: int | None = None) -> None:
+    """Draw what a cache still lacks, with so many processes; None: as many as there are cores.
+
+    Raises what :func:`render_cache` raises, and :class:`Cancelled` on Ctrl-C; whole shards stay.
+    """
+    workers = os.cpu_count() or 1 if workers is None else workers
+    try:
+        if workers > 1 and sum((folder / f"{shard:05d}").is_dir() for shard in range(plan.shards)) < plan.shards - 1:
+            _agree(folder, plan)
+            if _apart(folder, plan, min(workers, plan.shards)):
+                logger.warning("Drawing in several processes failed; what is missing is drawn in this one.")
+        render_cache(folder, plan)
+    except KeyboardInterrupt:
+        raise Cancelled(f"Stopped; the same call goes on where {folder} ends now.") from None
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Draw training pictures of the face world into a folder.")
     parser.add_argument("--folder", type=Path, required=True)
@@ -228,8 +254,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     plan = CachePlan(options.first, options.people, options.pictures, options.seed, options.size)
     if options.worker is None and options.workers > 1:
-        codes = [process.wait() for process in list(_spawn(options.folder, plan, options.workers))]
-        return max(abs(code) for code in codes)
+        return _apart(options.folder, plan, options.workers)
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     with torch.inference_mode():

@@ -10,7 +10,7 @@ carried over.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -193,6 +193,10 @@ class DiffusionObjective(DenoisingObjective):
 
     def _all(self) -> list[Lessons]:
         return [self.lessons] if self.held_out is None else [self.lessons, self.held_out]
+
+    def helpers(self) -> Sequence[nn.Module]:
+        nets: list[nn.Module] = [adapter.modules() for adapter in self.adapters.values()]
+        return nets if self.reader is None else [*nets, self.reader]
 
     def batch(self, step: int, generator: torch.Generator) -> Batch:
         settings = self.settings

@@ -131,6 +131,10 @@ class DistilObjective(Objective):
         generator = torch.Generator().manual_seed(settings.seed)
         self.module = LowRankSet(self.model.unet, settings.rank, generator)
 
+    def to(self, device: torch.device) -> None:
+        self.teaching.to(device)
+        super().to(device)
+
     def batch(self, step: int, generator: torch.Generator) -> Batch:
         return self.teaching.batch(step, generator)
 
@@ -141,7 +145,7 @@ class DistilObjective(Objective):
         few = rows_of(batch, torch.arange(len(batch.latents) // count))
         begin = LEVELS if roll[1] >= settings.drawn else int(LEVELS * (0.3 + 0.7 * roll[1] / settings.drawn))
         noise = torch.randn(few.latents.shape, generator=generator, device=generator.device)
-        first = self.velocity.noisy(few.latents, noise, torch.full((len(noise),), begin - 1))
+        first = self.velocity.noisy(few.latents, noise, torch.full((len(noise),), begin - 1, device=noise.device))
         with torch.no_grad():
             anew = generator if roll[2] < settings.fresh else None
             places, _ = walk(self.taught(few), self.velocity, first, begin, count, anew)

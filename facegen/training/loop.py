@@ -9,6 +9,9 @@ from __future__ import annotations
 import json
 import logging
 import math
+import multiprocessing
+import os
+import shutil
 import signal
 import time
 from abc import ABC, abstractmethod
@@ -21,9 +24,12 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from facegen.allocator import keep_memory
 from facegen.errors import Cancelled, CheckpointBroken, WrongRequest
+from facegen.lending import moved
+from facegen.memory import MemoryPlan
 from facegen.training.checkpoint import (
     flatten_optimiser,
     load_tensors,
@@ -36,6 +42,9 @@ from facegen.training.muon import MuonAdamW
 
 logger = logging.getLogger(__name__)
 STATE = "state.safetensors"
+_FORK = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
+_DEVICE = "ACCELERATE_TORCH_DEVICE"  # read by accelerate
+_HANDED = 64 << 20  # bytes of shared memory that the batches of one process may take
 
 
 class Objective(ABC):
@@ -46,11 +55,26 @@ class Objective(ABC):
 
     @abstractmethod
     def batch(self, step: int, generator: torch.Generator) -> Any:
-        """The data of one step: tensors, or a dict or tuple of them, drawn with ``generator`` (on the CPU) alone."""
+        """The data of one step: tensors, or a dict, tuple or dataclass of them, drawn with ``generator`` alone.
+
+        On the CPU, wherever the training is; beside a GPU in another process.
+        """
 
     @abstractmethod
     def loss(self, batch: Any, step: int, generator: torch.Generator) -> Mapping[str, Tensor]:
-        """Scalars by name; ``loss`` is minimised, the others are only shown. ``generator`` lives on the device."""
+        """Scalars by name; ``loss`` is minimised, the others are only shown.
+
+        The batch, the module, its helpers and ``generator`` are on the device of the training.
+        """
+
+    def helpers(self) -> Sequence[nn.Module]:
+        """The nets that the loss asks and that do not learn from it."""
+        return ()
+
+    def to(self, device: torch.device) -> None:
+        """Bring all nets to the device; what is learnt from stays where it is."""
+        for part in (self.module, *self.helpers()):
+            part.to(device)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """AdamW's groups; each may carry ``scale``, a factor on the learning rate, and ``muon`` for matrices that Muon
@@ -101,6 +125,7 @@ class LoopSettings:
     bfloat16: bool = False
     compile: bool = False
     seed: int = 0
+    workers: int | None = None  # processes that draw batches ahead; None: none on a CPU, all cores but one beside a GPU
     save_every: float = 120.0  # seconds
     show_every: float = 15.0  # seconds
 
@@ -168,6 +193,47 @@ class _Step(nn.Module):
         return self._loss(batch, step, generator)
 
 
+def use_device(device: str | None) -> None:
+    """Have everything that is trained from now on trained there; None: a GPU where there is one.
+
+    Raises WrongRequest for a device that this machine does not have, or when this process trains on another already.
+    """
+    wanted, usual = (MemoryPlan.choose(one).device for one in (device, None))
+    os.environ.pop(_DEVICE, None)
+    if wanted.type != usual.type:  # the usual one is left to accelerate, which may run several processes
+        os.environ[_DEVICE] = str(wanted)
+    if device is not None and training_device().type != wanted.type:
+        raise WrongRequest(f"This process trains on {training_device()} already; start another for {device}.")
+
+
+def training_device() -> torch.device:
+    """Where it is trained."""
+    from accelerate import Accelerator
+
+    return Accelerator(mixed_precision="no").device
+
+
+class _Batches(Dataset[Any]):
+    """The batches of a training by their seeds, for processes that draw them ahead."""
+
+    def __init__(self, objective: Objective) -> None:
+        self.objective = objective
+
+    def __getitem__(self, key: tuple[int, int]) -> Any:
+        step, seed = key
+        return self.objective.batch(step, torch.Generator().manual_seed(seed))
+
+
+def _itself(batch: Any) -> Any:
+    return batch
+
+
+def _begin_drawing(number: int) -> None:
+    torch.set_flush_denormal(True)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the training to see, which then ends its workers
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 class _Interrupt:
     """Turns Ctrl-C and SIGTERM into a flag that is looked at between two steps."""
 
@@ -208,6 +274,7 @@ class _Run:
 
         self.objective, self.folder, self.settings = objective, folder, settings
         self.accelerator = Accelerator(mixed_precision="no")  # precision is ours: one setting for every device
+        objective.to(self.accelerator.device)
         groups = objective.parameter_groups()
         self.scales = [float(group.pop("scale", 1.0)) for group in groups]
         optimiser = MuonAdamW(
@@ -221,6 +288,7 @@ class _Run:
         self.step = 0
         self.steps: int | None = None
         self.seconds = 0.0
+        self.drawn: Iterator[Any] | None = None  # batches that others draw ahead
 
     def load(self) -> None:
         path = self.folder / STATE
@@ -251,18 +319,37 @@ class _Run:
         facts = {"step": self.step, "steps": self.steps, "seconds": self.seconds, "settings": asdict(self.settings)}
         save_tensors(tensors, self.folder / STATE, {"stage": self.objective.name, **facts})
 
+    def seeds(self, step: int) -> list[int]:
+        """Of the batches of one step."""
+        count, rank = self.settings.accumulate, self.accelerator.process_index
+        return [step_seed(self.settings.seed, step * count + part, rank) for part in range(count)]
+
+    def draw_ahead(self, steps: int) -> None:
+        """Let other processes draw the batches up to ``steps`` from here on; they are the same ones."""
+        workers = self.settings.workers
+        if workers is None:
+            workers = 0 if self.accelerator.device.type == "cpu" else _free_cores()
+        if workers > 0:
+            keys = [(step, seed) for step in range(self.step, steps) for seed in self.seeds(step)]
+            self.drawn = iter(
+                DataLoader(
+                    _Batches(self.objective), None, sampler=keys, num_workers=workers, collate_fn=_itself,
+                    worker_init_fn=_begin_drawing, multiprocessing_context=_FORK,
+                )
+            )  # fmt: skip
+
     def backward(self, step: int) -> dict[str, Tensor]:
         """Gradients of one step (of ``accumulate`` batches); returns its detached scalars."""
-        from accelerate.utils import send_to_device
-
         device, count = self.accelerator.device, self.settings.accumulate
         shown: dict[str, Tensor] = {}
-        for part in range(count):
-            seed = step_seed(self.settings.seed, step * count + part, self.accelerator.process_index)
-            batch = self.objective.batch(step, torch.Generator().manual_seed(seed))
+        for seed in self.seeds(step):
+            if self.drawn is None:
+                batch = self.objective.batch(step, torch.Generator().manual_seed(seed))
+            else:
+                batch = next(self.drawn)
             generator = torch.Generator(device).manual_seed(seed ^ 1)
             with torch.autocast(device.type, torch.bfloat16, enabled=self.settings.bfloat16):
-                losses = self.step_module(send_to_device(batch, device), step, generator)
+                losses = self.step_module(moved(batch, device), step, generator)
             self.accelerator.backward(losses["loss"] / count)
             for name, value in losses.items():
                 shown[name] = shown.get(name, torch.zeros(())) + value.detach().float().cpu() / count
@@ -325,6 +412,7 @@ def run(
         assert budget.seconds is not None
         steps = max(1, int(0.95 * budget.seconds / state.seconds_per_step()))
     state.steps = steps
+    state.draw_ahead(steps)
 
     recent: dict[str, float] = {}
     start = last_saved = last_shown = time.monotonic()
@@ -357,19 +445,30 @@ def run(
             if out_of_time:
                 break
     state.save()
+    state.drawn = None  # ends those who drew ahead
+    objective.to(torch.device("cpu"))  # what is measured and written has one form, wherever it was learnt
     measured: dict[str, Any] = {"steps": state.step, "seconds": round(state.seconds, 1)}
     measured |= {f"train_{name}": round(value, 5) for name, value in recent.items()}
     if state.step >= steps:
         if state.average is not None:
+            average = state.average.state_dict()
             with torch.no_grad():
                 for name, value in objective.module.state_dict().items():
                     if value.is_floating_point():
-                        value.copy_(state.average.state_dict()[name])
+                        value.copy_(average[name])
         objective.module.eval()
         with torch.no_grad():
             measured |= objective.figures()
     logger.info("%s: %s", objective.name, measured)
     return measured
+
+
+def _free_cores() -> int:
+    """How many processes can draw batches beside this one, by cores and by the shared memory that takes the batches."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    shared = Path("/dev/shm")
+    room = shutil.disk_usage(shared).free // _HANDED if shared.is_dir() else cores
+    return max(0, min(cores - 1, room))
 
 
 def wear_average(module: nn.Module, folder: Path, only: str | tuple[str, ...] = "") -> None:

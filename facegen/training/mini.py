@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from facegen.errors import WeightsMissing, WrongRequest
-from facegen.training.cache import Cache, CachePlan, render_cache
+from facegen.training.cache import Cache, CachePlan, fill_cache
 from facegen.training.controls import STAGES as CONTROLS
-from facegen.training.loop import STATE, Budget, LoopSettings, run, wear_average
+from facegen.training.loop import STATE, Budget, LoopSettings, run, training_device, use_device, wear_average
 from facegen.training.record import MINI, record
 from facegen.world.sampling import HELD_OUT_FROM
 
@@ -92,9 +92,9 @@ class Workshop:
 def draw_pictures(shop: Workshop) -> None:
     """People to learn from and, under other numbers, people to measure on."""
     people = max(20, round(PEOPLE * min(1.0, shop.budget * 2)))
-    render_cache(shop.pictures, CachePlan(0, people, PICTURES, shop.seed))
+    fill_cache(shop.pictures, CachePlan(0, people, PICTURES, shop.seed))
     held_out = max(20, round(HELD_OUT_PEOPLE * min(1.0, shop.budget * 4)))
-    render_cache(shop.held_out, CachePlan(HELD_OUT_FROM, held_out, HELD_OUT_PICTURES, shop.seed))
+    fill_cache(shop.held_out, CachePlan(HELD_OUT_FROM, held_out, HELD_OUT_PICTURES, shop.seed))
 
 
 def train_perception(name: str) -> Callable[[Workshop], None]:
@@ -176,6 +176,7 @@ def learn_from(shop: Workshop, place: Path, vae: Any = None) -> Lessons:
     """What the diffusion learns from: latents (kept in the work folder) and embeddings of the pictures in ``place``."""
     from safetensors.torch import load_file
 
+    from facegen.lending import lent
     from facegen.training.checkpoint import save_tensors
     from facegen.training.diffusion import Lessons
     from facegen.training.recogniser import embeddings_of
@@ -186,8 +187,9 @@ def learn_from(shop: Workshop, place: Path, vae: Any = None) -> Lessons:
     kept: dict[str, Tensor] = load_file(path) if path.exists() else {}
     vae = vae or finished_vae(shop)
     if not kept or not encodes_so(vae, pictures, kept["latents"]):
-        kept = {"latents": encode_all(vae, pictures)}
-        kept["embeddings"] = embeddings_of(_recogniser(shop), pictures)
+        recogniser, place_of_work = _recogniser(shop), training_device()
+        with lent(vae, place_of_work), lent(recogniser, place_of_work):
+            kept = {"latents": encode_all(vae, pictures), "embeddings": embeddings_of(recogniser, pictures)}
         save_tensors(kept, path, {"pictures": len(pictures)})
     return Lessons(pictures, kept["latents"], kept["embeddings"])
 
@@ -482,10 +484,7 @@ def train(
         raise WrongRequest(f"There is no stage '{unknown[0]}'; the stages are: {', '.join(known)}.")
     if not 0 < budget <= 100:
         raise WrongRequest(f"budget is a share of the full recipe, above 0 and at most 100, not {budget}.")
-    if device == "cpu":
-        import os
-
-        os.environ["ACCELERATE_USE_CPU"] = "true"
+    use_device(device)
     torch.set_flush_denormal(True)
     shop = Workshop(work, output, budget, seed, device, start)
     for name in [name for name in known if name in stages] or list(STAGES):

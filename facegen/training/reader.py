@@ -55,7 +55,7 @@ def disobedience(answers: Tensor, wanted: Tensor) -> Tensor:
 
     answers: logits (B, values of all kinds); wanted: as :func:`asked` gives it.
     """
-    total, named = torch.zeros(len(answers)), torch.zeros(len(answers))
+    total = named = answers.new_zeros(len(answers), dtype=torch.float32)
     for part, open_values in zip(answers.float().split(SIZES, 1), wanted.split(SIZES, 1), strict=True):
         chance = part.log_softmax(1).masked_fill(~open_values, float("-inf")).logsumexp(1)
         counts = ~open_values.all(1) & open_values.any(1)
@@ -219,23 +219,27 @@ class WordsObjective(Objective):
         self.module.requires_grad_(True)
         self.scenes = lessons.pictures.scenes(torch.arange(len(lessons.pictures)))
 
-    def batch(self, step: int, generator: torch.Generator) -> tuple[list[str], Tensor]:
+    def to(self, device: torch.device) -> None:
+        self.model.move(device)
+        super().to(device)
+
+    def batch(self, step: int, generator: torch.Generator) -> tuple[list[str], Tensor, Tensor]:
+        """Prompts (B), embeddings (B, D; zero: nobody), and what the prompts leave open (B, values of all kinds)."""
         rows = shuffled(len(self.lessons.pictures), self.size, step, self.seed)
         with_face = torch.rand(len(rows), generator=generator) < 0.5
         scenes = self.scenes[rows]
         plain = caption(scenes, generator, free=0.5)
         named = caption(scenes, generator, subject="id person", free=0.5)
         prompts = [b if face else a for a, b, face in zip(plain, named, with_face.tolist(), strict=True)]
-        return prompts, self.lessons.embeddings[rows].float() * with_face[:, None]
+        return prompts, self.lessons.embeddings[rows].float() * with_face[:, None], asked(prompts)
 
-    def loss(self, batch: tuple[list[str], Tensor], step: int, generator: torch.Generator) -> dict[str, Tensor]:
-        prompts, embeddings = batch
+    def loss(self, batch: tuple[list[str], Tensor, Tensor], step: int, generator: torch.Generator) -> dict[str, Tensor]:
+        prompts, embeddings, wanted = batch
         request = AdapterRequest(prompt=prompts, guidance=False, scale=None)
         condition = self.arc2face.conditions_from_embeddings(embeddings, self.model, request)[0]
         who, what = self.reader(cast(TextCondition, condition).embeds[1])
         present = (embeddings != 0).any(1)
         unlike = ((1 - F.cosine_similarity(who, embeddings)) * present).sum() / present.sum().clamp_min(1)
-        wanted = asked(prompts)
         # A kind that is named counts like all that are not: prompts name a few of them only.
         named = (~unnamed(wanted)).float()
         errors = F.binary_cross_entropy_with_logits(what, wanted.float(), reduction="none")

@@ -130,9 +130,11 @@ class Habits(nn.Module):
         excess = (
             (self.get_buffer("painted").clamp_min(1e-3) / self.get_buffer("true").clamp_min(1e-3)).log().clamp(-2, 2)
         )
-        meant = torch.cat([torch.full((size,), kind in kinds) for kind, size in zip(FACTS, SIZES, strict=True)])
-        counts = unasked & meant
-        each = counts / torch.cat([torch.full((size,), float(size)) for size in SIZES])  # a kind counts once
+        counts = unasked & torch.tensor(
+            [kind in kinds for kind, size in zip(FACTS, SIZES, strict=True) for _ in range(size)], device=seen.device
+        )
+        # A kind counts once, however many values it has.
+        each = counts / torch.tensor([float(size) for size in SIZES for _ in range(size)], device=seen.device)
         return (seen * excess * counts).sum() / each.sum().clamp_min(1)
 
 
@@ -149,8 +151,6 @@ class RewardObjective(Objective):
         settings: RewardSettings = RewardSettings(),
         teacher: AttributeJudge | None = None,
     ) -> None:
-        from facegen.evaluation.judges import strongest
-
         self.teaching, self.settings, self.teacher = teaching, settings, teacher
         self.critic = Critic(teaching.lessons.latents.shape[1])
         self.habits = Habits()
@@ -158,8 +158,22 @@ class RewardObjective(Objective):
         self.beholder = Beholder([layer.shape[1] for layer in seen])
         own = {"critic": self.critic, "habits": self.habits, "beholder": self.beholder}
         self.module = nn.ModuleDict({**cast(nn.ModuleDict, teaching.module), **own})
-        self.recogniser, self.points = recogniser, lambda images: strongest(detector, images)
+        self.recogniser, self.detector = recogniser, detector
         quicken(teaching.model.vae)
+
+    def helpers(self) -> Sequence[nn.Module]:
+        nets: list[nn.Module] = [self.recogniser, self.detector]
+        return nets if self.teacher is None else [*nets, self.teacher]
+
+    def to(self, device: torch.device) -> None:
+        self.teaching.to(device)
+        super().to(device)
+
+    def points(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Five points (B, 5, 2) of pictures (B, 3, H, W) in [0, 1], and whether there is a face, (B,)."""
+        from facegen.evaluation.judges import strongest
+
+        return strongest(self.detector, images)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Those of the lessons; the critics learn faster, or they lag behind what they judge."""
@@ -190,7 +204,7 @@ class RewardObjective(Objective):
     def _chosen(self, batch: Batch) -> Batch:
         """The first rows that ask for somebody, and the first that ask for what a prompt says alone."""
         somebody, settings = (batch.who != 0).any(1), self.settings
-        prompted = torch.tensor([bool(prompt) for prompt in batch.prompts])
+        prompted = torch.tensor([bool(prompt) for prompt in batch.prompts], device=somebody.device)
         alone = (~somebody & prompted).nonzero()[: settings.nobody, 0]
         return rows_of(batch, torch.cat([somebody.nonzero()[: settings.painted - len(alone), 0], alone]))
 

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from facegen.models.base import Model
     from facegen.training.objectives.slider import SliderNet, SliderObjective, SliderSettings
 
-SETTINGS = LoopSettings(warmup=10, weight_decay=0.0, average=0.98)
+# The model itself draws what it is compared on: no process beside it can.
+SETTINGS = LoopSettings(warmup=10, weight_decay=0.0, average=0.98, workers=0)
 _MORE, _LESS = "more", "less"
 
 

@@ -56,7 +56,7 @@ def detail_weights(parsing: Tensor, reach: int = 2) -> Tensor:
 
     reach: pixels around a region that count like it, for it is seen by its edge.
     """
-    table = torch.tensor([DETAILS.get(name, 1.0) for name in PARSING])
+    table = torch.tensor([DETAILS.get(name, 1.0) for name in PARSING], device=parsing.device)
     weights = F.max_pool2d(table[parsing.long()][:, None], 2 * reach + 1, 1, reach)
     return weights / weights.mean((1, 2, 3), keepdim=True)
 
@@ -114,7 +114,10 @@ class VAEObjective(Objective):
         self.module = nn.ModuleDict({"vae": vae, "color": self.color})
         self.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    def batch(self, step: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def helpers(self) -> Sequence[nn.Module]:
+        return [self.vae] if self.recogniser is None else [self.vae, self.recogniser]
+
+    def batch(self, step: int, generator: torch.Generator) -> Any:
         """Crops (B, 3, crop, crop) uint8, some mirrored, and the face's points in them (B, 5, 2)."""
 
         def draw(high: int, count: int = 1) -> list[int]:
@@ -136,7 +139,7 @@ class VAEObjective(Objective):
             points.append(own)
         return torch.stack(parts).permute(0, 3, 1, 2), torch.stack(points)
 
-    def loss(self, batch: tuple[Tensor, Tensor], step: int, generator: torch.Generator) -> dict[str, Tensor]:
+    def loss(self, batch: Any, step: int, generator: torch.Generator) -> dict[str, Tensor]:
         settings = self.settings
         images = (batch[0].float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
         posterior = self.vae.encode(images).latent_dist
@@ -207,19 +210,23 @@ class DecoderObjective(VAEObjective):
             groups[inside].append(weight)
         return [{"params": weights, "muon": inside} for inside, weights in groups.items()]
 
-    def batch(self, step: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Rows (B,) of the pictures, and the face's points in them (B, 5, 2)."""
-        rows = shuffled(len(self.rgb), self.settings.decoder_batch, step, self.settings.seed)
-        return rows, self.points[rows]
+    def helpers(self) -> Sequence[nn.Module]:
+        return [*super().helpers(), *([] if self.teacher is None else [self.teacher])]
 
-    def loss(self, batch: tuple[Tensor, Tensor], step: int, generator: torch.Generator) -> dict[str, Tensor]:
+    def batch(self, step: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """Pictures (B, H, W, 3) uint8, the face's points (B, 5, 2), what each pixel shows (B, H, W), and latents."""
+        rows = shuffled(len(self.rgb), self.settings.decoder_batch, step, self.settings.seed)
+        kept = {"pictures": self.rgb, "points": self.points, "parsing": self.parsing, "latents": self.latents}
+        return {name: whole[rows] for name, whole in kept.items()}
+
+    def loss(self, batch: Mapping[str, Tensor], step: int, generator: torch.Generator) -> dict[str, Tensor]:
         assert self.recogniser is not None
-        rows, points = batch
-        images = (self.rgb[rows].permute(0, 3, 1, 2).float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
-        latents, said = self.seen(rows, images, generator)
+        pixels = batch["pictures"].permute(0, 3, 1, 2).float() / 127.5 - 1
+        images = pixels.contiguous(memory_format=torch.channels_last)
+        latents, said = self.seen(batch["latents"].float(), images, generator)
         found = cast(Any, self.vae).decode(latents).sample.float()
-        rebuilt = reconstruction_loss(found, images, weights=detail_weights(self.parsing[rows]))
-        face = self.unlike(self.recogniser, found, images, points)
+        rebuilt = reconstruction_loss(found, images, weights=detail_weights(batch["parsing"]))
+        face = self.unlike(self.recogniser, found, images, batch["points"])
         loss = rebuilt + self.settings.decoder_face * face
         if self.teacher is not None:
             said |= self.told(self.teacher, found, images)
@@ -236,9 +243,9 @@ class DecoderObjective(VAEObjective):
         settings = self.settings
         return {"look": settings.look * feature_loss(layers), "facts": settings.facts * torch.stack(unlike).mean()}
 
-    def seen(self, rows: Tensor, images: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        """What the decoder is given of these rows (B,) and pictures (B, 3, H, W), and what else is to be paid."""
-        return self.latents[rows].float(), {}
+    def seen(self, latents: Tensor, images: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        """What the decoder is given of pictures (B, 3, H, W) and their kept latents, and what else is to be paid."""
+        return latents, {}
 
 
 class AutoencoderObjective(DecoderObjective):
@@ -247,10 +254,10 @@ class AutoencoderObjective(DecoderObjective):
     name = "autoencoder"
     parts: ClassVar[tuple[str, ...]] = ("encoder", "quant_conv", "decoder", "post_quant_conv")
 
-    def seen(self, rows: Tensor, images: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    def seen(self, latents: Tensor, images: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         settings = self.settings
         posterior = cast(Any, self.vae).encode(images).latent_dist
-        moved = F.mse_loss(posterior.mean.float(), self.latents[rows].float())
+        moved = F.mse_loss(posterior.mean.float(), latents)
         said = {"kl": settings.kl * settings.latent_channels * divergence(posterior), "moved": settings.moved * moved}
         return posterior.sample(generator), said
 
@@ -278,13 +285,14 @@ def fold_statistics(vae: AutoencoderKL, images: Sequence[Tensor]) -> tuple[Tenso
 
 @torch.no_grad()
 def encode_all(vae: AutoencoderKL, pictures: Cache, batch: int = 32) -> Tensor:
-    """Latents of all pictures, (N, C, h, w) float16."""
+    """Latents of all pictures, (N, C, h, w) float16, wherever the autoencoder is."""
     from tqdm import tqdm
 
     found = []
+    device = next(vae.parameters()).device
     for rows in tqdm(torch.arange(len(pictures)).split(batch), desc="latents", mininterval=20.0, leave=False):
-        images = (pictures.rgb(rows) * 2 - 1).contiguous(memory_format=torch.channels_last)
-        found.append(vae.encode(images).latent_dist.mode().half())
+        images = (pictures.rgb(rows) * 2 - 1).to(device, memory_format=torch.channels_last)
+        found.append(vae.encode(images).latent_dist.mode().half().cpu())
     return torch.cat(found)
 
 

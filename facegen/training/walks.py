@@ -50,7 +50,7 @@ def walk(
     clean = noisy
     stops = [begin * (count - place) // count - 1 for place in range(count + 1)]
     for level, after in pairwise(stops):
-        steps = torch.full((len(noisy),), level)
+        steps = torch.full((len(noisy),), level, device=noisy.device)
         found = velocity(noisy, steps)
         places.append(Place(noisy, steps, found))
         clean = levels.clean(found, noisy, steps)[0]
@@ -60,7 +60,7 @@ def walk(
         noise = rest * noisy + signal * found
         if anew is not None:
             noise = torch.randn(noise.shape, generator=anew, device=noise.device)
-        noisy = levels.noisy(clean, noise, torch.full((len(noisy),), after))
+        noisy = levels.noisy(clean, noise, torch.full_like(steps, after))
         noisy = noisy.contiguous(memory_format=torch.channels_last)
     return places, clean
 

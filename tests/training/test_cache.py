@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from facegen.errors import WeightsMissing, WrongRequest
-from facegen.training.cache import Cache, CachePlan, render_cache, shuffled
+from facegen.errors import Cancelled, WeightsMissing, WrongRequest
+from facegen.training.cache import Cache, CachePlan, fill_cache, render_cache, shuffled
 from facegen.world.sampling import scenes_for
 
 
@@ -27,6 +27,29 @@ def test_a_rendered_cache_holds_what_was_drawn_and_is_resumed(tmp_path: Path) ->
     assert cache.field("parsing", rows).max() < 20
     assert torch.equal(cache.scenes(rows).pose, scenes_for(0, [7, 5], [1, 0]).pose)
     assert cache.field("landmarks68", rows).shape == (2, 68, 2)
+
+
+def test_several_processes_draw_the_same_pictures(tmp_path: Path) -> None:
+    plan = CachePlan(first=5, people=5, pictures=1, size=16, shard_people=1)
+    fill_cache(tmp_path / "apart", plan, workers=2)
+    fill_cache(tmp_path / "apart", plan, workers=2)  # nothing is lacking
+    fill_cache(tmp_path / "alone", plan, workers=1)
+    apart, alone = Cache(tmp_path / "apart"), Cache(tmp_path / "alone")
+    rows = torch.arange(5)
+    assert torch.equal(apart.rgb(rows), alone.rgb(rows))
+    assert sorted(path.name for path in (tmp_path / "apart").iterdir()) == [
+        *(f"0000{i}" for i in range(5)),
+        "plan.json",
+    ]
+
+
+def test_stopped_drawing_says_how_it_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("facegen.training.cache._draw", stop)
+    with pytest.raises(Cancelled, match="goes on"):
+        fill_cache(tmp_path, CachePlan(first=0, people=1, pictures=1, size=16), workers=1)
 
 
 def test_a_folder_keeps_its_plan(tmp_path: Path) -> None:

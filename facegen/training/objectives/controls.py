@@ -6,6 +6,7 @@ comes from another picture of theirs, which shows another expression and pose, s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -87,6 +88,10 @@ class ControlObjective(DenoisingObjective):
         for part in (model.unet, self.module):
             part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             quicken(part)
+
+    def helpers(self) -> Sequence[nn.Module]:
+        person = [] if self.person is None else [self.person.modules()]
+        return person if self.teacher is None else [*person, self.teacher]
 
     def batch(self, step: int, generator: torch.Generator) -> Batch:
         settings = self.settings

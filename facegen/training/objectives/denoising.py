@@ -39,6 +39,10 @@ class DenoisingObjective(Objective):
         self.model, self.lessons, self.held_out = model, lessons, held_out
         self.velocity = VelocityObjective(scheduler)
 
+    def to(self, device: torch.device) -> None:
+        self.model.move(device)
+        super().to(device)
+
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Everything decays alike; what listens to prompts and faces learns faster, for it hears of them late.
 

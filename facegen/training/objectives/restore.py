@@ -87,6 +87,13 @@ class RestoreObjective(Objective):
         self._means = {id(one): person_means(one) for one in (lessons, held_out) if one is not None}
         self._others = {id(one): _rows_by_person(one) for one in (lessons, held_out) if one is not None}
 
+    def helpers(self) -> Sequence[nn.Module]:
+        return [] if self.reader is None else [self.reader]
+
+    def to(self, device: torch.device) -> None:
+        self.model.move(device)
+        super().to(device)
+
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Muon moves the matrices between the features; what leads in and out, gains and codes go AdamW's way."""
         inside = ("before", "down", "up", "inside", "look", "after")

@@ -84,6 +84,10 @@ class SliderObjective(Objective):
         self.net = SliderNet(model.unet, settings.rank, settings.seed)
         self.module = self.net
 
+    def to(self, device: torch.device) -> None:
+        """The model is where it was loaded, and so is what was made with it."""
+        super().to(self.model.device)
+
     def predict(self, latents: Tensor, timesteps: Tensor, text: TextCondition, strength: float = 0.0) -> Tensor:
         """The model's output for noisy latents (B, C, h, w) at timesteps (B,), with the slider at this strength."""
         slid: list[Condition] = [self.net.condition(strength)] if strength else []

@@ -7,6 +7,7 @@ itself, so that guidance has the photo as it is to lean on.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -110,6 +111,10 @@ class SwapObjective(DenoisingObjective):
         for part in (model.unet, swap.net):
             part.to(memory_format=torch.channels_last)
             quicken(part)
+
+    def helpers(self) -> Sequence[nn.Module]:
+        readers = [net for net in (self.reader, self.shapes) if net is not None]
+        return [self.person.modules(), *readers]
 
     def batch(self, step: int, generator: torch.Generator) -> Batch:
         places = shuffled(len(self.learnt.twins), self.settings.batch, step, self.settings.seed)
