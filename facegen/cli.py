@@ -149,7 +149,8 @@ class EvalRequest(Request):
     measure: str = choice("likeness", "What to measure", MEASURES, alias="task")
     model: str = text("mini", "Base model.")
     adapters: tuple[str, ...] = names(
-        ("arc2face", "instantid", "ip_adapter_faceid"), "Which adapters; none: the base model alone."
+        ("arc2face", "instantid", "ip_adapter_faceid"),
+        "Which adapters; none: the base model alone; instantid+pose: its key points turned to what is asked for.",
     )
     people: int = integer(200, "How many people.", low=2, high=100_000)
     prompts: int = integer(2, "How many prompts for each.", low=1, high=100)

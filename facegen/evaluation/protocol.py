@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,10 +25,12 @@ if TYPE_CHECKING:
     from facegen.adapter import Adapter
     from facegen.conditions import Condition, LoraCondition
     from facegen.evaluation.judges import Judges
+    from facegen.face.head import Head
     from facegen.models.base import Model
     from facegen.world.parameters import Scenes
 
 ADAPTERS = ("none", "arc2face", "instantid", "ip_adapter_faceid")
+POSED = "+pose"  # behind the name of an adapter that follows key points: they are turned to the pose of what is asked
 Progress = Callable[[int, int], None]
 
 
@@ -105,6 +108,37 @@ class Cast:
         net = load_network(ASSETS / "pack" / "rec")
         return torch.cat([net(part * 2 - 1) for part in aligned_crops(self.pictures, self.points).split(64)])
 
+    @cached_property
+    def heads(self) -> list[Head]:
+        """The heads that the pictures show, by the pack's 68 points."""
+        from facegen.face.head import fit
+        from facegen.face.landmarks import LandmarkFinder
+        from facegen.world.landmarks import landmarks5
+
+        finder, points = LandmarkFinder.from_pretrained(), self.points
+        gray = self.pictures.mean(1, keepdim=True)
+        for _ in range(2):
+            found = finder.refined(gray, points)
+            points = landmarks5(found)
+        return [fit(one.numpy()) for one in found]
+
+    def turned(self, rows: Tensor, pose: Tensor) -> Tensor:
+        """The five points (B, 5, 2) of the people in these rows (B,) as seen in these poses (B, columns of POSE)."""
+        from facegen.models.geometry import posed_points
+        from facegen.world.parameters import POSE
+
+        size = (self.pictures.shape[-2], self.pictures.shape[-1])
+        seen = [
+            # Half a bit beyond a limit is still the limit.
+            posed_points(
+                {part.name: min(max(value, part.low), part.high) for part, value in zip(POSE, one, strict=True)},
+                size,
+                self.heads[row],
+            )
+            for row, one in zip(rows.tolist(), pose.tolist(), strict=True)
+        ]
+        return torch.from_numpy(np.stack(seen))
+
 
 def run(
     model: str = "mini",
@@ -118,7 +152,6 @@ def run(
     on_progress: Progress | None = None,
 ) -> Result:
     """Measure and, with `output`, write the table as JSON. Raises WrongRequest, WeightsMissing, OutputUnwritable."""
-    from facegen.adapter import load_adapter
     from facegen.evaluation.judges import load_judges
     from facegen.models.base import Model
 
@@ -127,12 +160,24 @@ def run(
     plan = Plan(model, tuple(adapters), people, prompts, steps, guidance, seed)
     judges = load_judges()
     base = Model.from_pretrained(model)
-    loaded = {name: None if name == "none" else load_adapter(name, base) for name in plan.adapters}
+    loaded = {name: load(name, base) for name in plan.adapters}
     with torch.no_grad():
         result = _measure(plan, judges, base, loaded, on_progress or (lambda done, total: None))
     if output is not None:
         write_json(output, result.to_json())
     return result
+
+
+def load(name: str, model: Model) -> Adapter | None:
+    """The adapter of a row's name; None for "none". Raises WrongRequest for a pose that it could not follow."""
+    from facegen.adapter import load_adapter
+
+    if name == "none":
+        return None
+    adapter = load_adapter(name.removesuffix(POSED), model)
+    if name.endswith(POSED) and "points" not in adapter.needs:
+        raise WrongRequest(f"{adapter.name} follows no key points, so it cannot be given a pose; leave out {POSED}.")
+    return adapter
 
 
 def _measure(plan: Plan, judges: Judges, model: Model, adapters: dict[str, Adapter | None], tell: Progress) -> Result:
@@ -156,7 +201,8 @@ def _measure(plan: Plan, judges: Judges, model: Model, adapters: dict[str, Adapt
             for rows in torch.arange(plan.people).split(plan.batch):
                 seeds = [plan.seed + 1_000_003 * number + int(row) for row in rows]
                 asked = [texts[row] for row in rows.tolist()]
-                made = generate(plan, model, adapter, first, (rows, asked, seeds))
+                points = first.turned(rows, scenes.pose[rows]) if name.endswith(POSED) else None
+                made = generate(plan, model, adapter, first, (rows, asked, seeds), points=points)
                 tallies[name].add(judges, made, asked, rows)
                 tell(done := done + len(rows), total)
     cosines = torch.cat(strangers)
@@ -193,8 +239,13 @@ def generate(
     cast: Cast,
     asked: tuple[Tensor, list[str], list[int]],
     loras: Sequence[LoraCondition] = (),
+    *,
+    points: Tensor | None = None,
 ) -> Tensor:
-    """Pictures (B, 3, H, W): asked are the people's places in the cast, their prompts and their seeds."""
+    """Pictures (B, 3, H, W): asked are the people's places in the cast, their prompts and their seeds.
+
+    points: where faces are to be (B, 5, 2), for adapters that follow key points; None: where the photos have them.
+    """
     rows, texts, seeds = asked
     from facegen import schedulers
     from facegen.denoise import Guidance, denoise, noise
@@ -204,7 +255,9 @@ def generate(
     host = model
     if adapter is not None:
         conditions += adapter.conditions_from_embeddings(
-            cast.embeddings[rows], model, _request(adapter, cast, rows, texts, (height, width))
+            cast.embeddings[rows],
+            model,
+            _request(adapter, cast.points[rows] if points is None else points, texts, (height, width)),
         )
         host = adapter.host(model)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -216,14 +269,14 @@ def generate(
     return model.decode(latents).float().cpu()
 
 
-def _request(adapter: Adapter, cast: Cast, rows: Tensor, texts: list[str], size: tuple[int, int]) -> Any:
+def _request(adapter: Adapter, points: Tensor, texts: list[str], size: tuple[int, int]) -> Any:
     from facegen.adapter import AdapterRequest
 
     control = None
     if "points" in adapter.needs:
         from facegen.adapters.instantid import draw
 
-        drawn = [torch.from_numpy(draw(one.numpy(), (size[1], size[0]))) for one in cast.points[rows]]
+        drawn = [torch.from_numpy(draw(one.numpy(), (size[1], size[0]))) for one in points]
         control = torch.stack(drawn).permute(0, 3, 1, 2).float() / 255
     return AdapterRequest(height=size[0], width=size[1], prompt=texts, control=control)
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from facegen.errors import WrongRequest
 from facegen.evaluation.edits import Table
 from facegen.evaluation.ledger import Figures, Ledger, weights_of
-from facegen.evaluation.protocol import ADAPTERS, Cast, Plan, Progress, apart, drawn, generate
+from facegen.evaluation.protocol import ADAPTERS, POSED, Cast, Plan, Progress, apart, drawn, generate, load
 from facegen.evaluation.sight import MOST_FACTS, Seen, copied, look, obedience, spread_of_looks
 
 if TYPE_CHECKING:
@@ -118,7 +118,6 @@ def run(
 
     Raises WrongRequest, WeightsMissing, OutputUnwritable.
     """
-    from facegen.adapter import load_adapter
     from facegen.evaluation.judges import load_judges
     from facegen.models.base import Model
 
@@ -130,7 +129,7 @@ def run(
     ledger = Ledger(output, {**asdict(plan), "weights": weights_of(_folder(model))})
     with torch.no_grad():
         stage = set_out(plan, load_judges(), base)
-        loaded = {name: None if name == "none" else load_adapter(name, base) for name in names}
+        loaded = {name: load(name, base) for name in names}
         return measure(stage, loaded, ledger, on_progress or (lambda done, total: None))
 
 
@@ -157,15 +156,20 @@ class Painter:
     total: int
     done: int = 0
 
-    def paint(self, adapter: Adapter | None, texts: Sequence[list[str]]) -> list[Tensor]:
-        """For each prompt's texts, one a person, the pictures (people, 3, H, W)."""
-        plan, made = self.stage.plan, []
+    def paint(self, adapter: Adapter | None, texts: Sequence[list[str]], posed: bool = False) -> list[Tensor]:
+        """For each prompt's texts, one a person, the pictures (people, 3, H, W).
+
+        posed: the adapter's points are the photo's, turned to the pose that the prompt's picture has.
+        """
+        plan, made, first = self.stage.plan, list[Tensor](), self.stage.first
         for number, own in enumerate(texts, 1):
             parts = []
+            pose = _scenes(plan, number).pose
             for rows in torch.arange(plan.people).split(plan.batch):
                 seeds = [plan.seed + 1_000_003 * number + int(row) for row in rows]
                 asked = [own[row] for row in rows.tolist()]
-                parts.append(generate(plan, self.stage.model, adapter, self.stage.first, (rows, asked, seeds)))
+                points = first.turned(rows, pose[rows]) if posed else None
+                parts.append(generate(plan, self.stage.model, adapter, first, (rows, asked, seeds), points=points))
                 self.skip(len(rows))
             made.append(torch.cat(parts))
         return made
@@ -187,7 +191,8 @@ def measure(stage: Stage, adapters: Mapping[str, Adapter | None], ledger: Ledger
     _way(stage, ledger, "renders, autoencoded", lambda: [_through(stage.model, one.pictures) for one in stage.others])
     for name, adapter in adapters.items():
         before = painter.done
-        _way(stage, ledger, name, lambda adapter=adapter: painter.paint(adapter, stage.texts))  # type: ignore[misc]
+        posed = name.endswith(POSED)
+        _way(stage, ledger, name, lambda adapter=adapter, posed=posed: painter.paint(adapter, stage.texts, posed))  # type: ignore[misc]
         painter.skip(before + plan.people * plan.prompts - painter.done)  # where it had been measured before
     ledger.row("look/noise (floor)", lambda: _noise(stage))
     _autoencoded(stage, ledger)

@@ -14,8 +14,10 @@ from facegen.evaluation.frechet import fid, kid
 from facegen.evaluation.judges import load_judges
 from facegen.evaluation.ledger import Ledger
 from facegen.evaluation.phrasings import PHRASES, WAYS, phrased
+from facegen.evaluation.protocol import drawn, load
 from facegen.evaluation.quality import run
 from facegen.evaluation.sight import copied, obedience, spread_of_looks
+from facegen.models.base import Model
 from facegen.world.captions import captions_for
 from facegen.world.facts import Fact, accepted
 from facegen.world.render import render
@@ -111,17 +113,41 @@ def test_renders_obey_their_own_captions_best(mini: Path) -> None:
     assert judges.features(pictures).shape == (8, judges.attributes_net.config["widths"][-1])
 
 
+def test_key_points_are_the_persons_own_in_another_pose(mini: Path) -> None:
+    people = range(HELD_OUT_FROM, HELD_OUT_FROM + 6)
+    cast = drawn(load_judges(), scenes_for(0, people, [0] * 6), 128)
+    other = scenes_for(0, people, [1] * 6)
+    true = render(other, 128).landmarks5
+    rows = torch.tensor([4, 1])
+    turned = cast.turned(rows, other.pose[rows])
+    wrong, photo, stranger = (
+        float((one - true[rows]).norm(dim=2).mean()) for one in (turned, cast.points[rows], true.roll(1, 0)[rows])
+    )
+    assert wrong < 4  # pixels of 128; the photo's expression stays
+    assert wrong < 0.5 * min(photo, stranger)
+    beyond = other.pose[rows] * 100
+    assert bool(cast.turned(rows, beyond).isfinite().all())
+
+
+def test_a_pose_is_for_who_follows_key_points(mini: Path) -> None:
+    model = Model.from_pretrained(mini)
+    assert load("none", model) is None
+    assert {load(name, model).name for name in ("instantid", "instantid+pose")} == {"instantid"}  # type: ignore[union-attr]
+    with pytest.raises(WrongRequest, match="follows no key points"):
+        load("arc2face+pose", model)
+
+
 def test_one_run_has_ceilings_and_floors_and_goes_on_where_it_was(mini: Path, tmp_path: Path) -> None:
     path, seen = tmp_path / "quality.json", list[tuple[int, int]]()
     result = run(
-        adapters=("arc2face",), people=2, prompts=2, steps=1, output=path,
+        adapters=("arc2face", "instantid+pose"), people=2, prompts=2, steps=1, output=path,
         on_progress=lambda done, total: seen.append((done, total)),
     )  # fmt: skip
     assert seen[-1][0] == seen[-1][1]
     tables = {table.title.split()[0].rstrip(",:"): table.rows for table in result.tables}
     likeness = tables["Likeness"]
     references = {"renders (ceiling)", "another person's (floor)", "the photo itself", "renders, autoencoded"}
-    assert set(likeness) == references | {"none", "arc2face"}
+    assert set(likeness) == references | {"none", "arc2face", "instantid+pose"}
     assert likeness["renders (ceiling)"]["of ceiling"] == 1
     assert likeness["renders (ceiling)"]["diverse look"] == pytest.approx(1, abs=1e-4)
     assert 0.8 < likeness["renders, autoencoded"]["of ceiling"] < 1
@@ -138,6 +164,6 @@ def test_one_run_has_ceilings_and_floors_and_goes_on_where_it_was(mini: Path, tm
     del kept["rows"]["size/mini"]
     kept["rows"]["look/arc2face"]["FID"] = -1.0  # as if it had been measured
     path.write_text(json.dumps(kept), "utf-8")
-    again = run(adapters=("arc2face",), people=2, prompts=2, steps=1, output=path)
+    again = run(adapters=("arc2face", "instantid+pose"), people=2, prompts=2, steps=1, output=path)
     assert again.tables[0].rows["arc2face"]["FID"] == -1
     assert "size/mini" in json.loads(path.read_text("utf-8"))["rows"]
