@@ -54,6 +54,8 @@ STEPS: Mapping[str, int] = {
     "instantid reward": 1000,
 }
 
+PAINTED = 1600  # pictures of the finished model that its decoder goes on with
+
 PERCEPTION = ("recogniser", "judge", "attributes", "parsing", "detector", "points")
 VAE_SETTINGS = LoopSettings(
     learning_rate=1.5e-3, warmup=100, weight_decay=1e-4, average=0.998, bfloat16=True, seed=8
@@ -136,13 +138,29 @@ def go_on_with(part: Literal["decoder", "autoencoder"]) -> Callable[[Workshop], 
         kind = DecoderObjective if part == "decoder" else AutoencoderObjective
         objective = kind(
             vae, lessons.pictures, Cache(shop.held_out), VAESettings(), _recogniser(shop), lessons.latents,
-            finished_teacher(shop),
+            finished_teacher(shop), _painted(shop) if part == "decoder" else None,
         )  # fmt: skip
         measured = run(objective, shop.work / part, Budget(shop.steps(part)), VAE_SETTINGS)
         save_vae(vae, shop.output / "base" / "vae")
         record(part, measured, shop.output / "mini.json")
 
     return stage
+
+
+def _painted(shop: Workshop) -> Tensor:
+    """Latents that the finished model paints, kept in the work folder as long as the model's own weights stay."""
+    from facegen.evaluation.ledger import weights_of
+    from facegen.training.checkpoint import load_tensors, save_tensors
+    from facegen.training.walks import painted
+
+    folder = shop.start or shop.output
+    path, weights = shop.work / "latents_painted.safetensors", weights_of(folder / "base" / "unet")
+    kept = load_tensors(path) if path.exists() else None
+    if kept is None or kept.facts["weights"] != weights:
+        found = painted(_diffusion_objective(replace(shop, start=folder)), PAINTED)
+        save_tensors({"latents": found}, path, {"weights": weights})
+        return found
+    return kept.tensors["latents"]
 
 
 def _recogniser(shop: Workshop) -> RecogniserNet:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from facegen.face.networks import AttributeJudge, DetectorNet, RecogniserNet
 from facegen.face.warp import aligned_crops
 from facegen.models.norms import quicken
+from facegen.training.critics import Critic, beholder_of, doubts, unmoved
 from facegen.training.loop import Objective
 from facegen.training.reader import SIZES, disobedience, shares, unnamed
 from facegen.training.walks import LEVELS, guided, plain, rows_of, unasked, walk
@@ -63,50 +64,6 @@ class RewardSettings:
     last: float = 0.5
     haze: float = 0.1
     share: float = 0.7
-
-
-class Critic(nn.Module):
-    """Latents (B, C, h, w) to an opinion of each part, (B, 1, h/4, w/4): above 0 true, below painted (Isola 2017)."""
-
-    def __init__(self, channels: int, widths: tuple[int, int, int] = (64, 128, 192)) -> None:
-        super().__init__()
-        a, b, c = widths
-        self.body = nn.Sequential(
-            nn.Conv2d(channels, a, 3, 1, 1), nn.LeakyReLU(0.2),
-            nn.Conv2d(a, b, 3, 2, 1), nn.LeakyReLU(0.2),
-            nn.Conv2d(b, b, 3, 1, 1), nn.LeakyReLU(0.2),
-            nn.Conv2d(b, c, 3, 2, 1), nn.LeakyReLU(0.2),
-            nn.Conv2d(c, 1, 1),
-        )  # fmt: skip
-
-    def forward(self, latents: Tensor) -> Tensor:
-        opinion: Tensor = self.body(latents)
-        return opinion.float()
-
-
-class Beholder(nn.Module):
-    """A critic that sees pictures as a frozen net does: layers (B, C, h, w) to an opinion of each part of each layer.
-
-    What it sees knows hair from ground already, so that small heads learn to judge within few steps. They look at each
-    place and around it: of places alone they tell every fifth pair of pictures wrong, with what is around one in twenty.
-    """
-
-    def __init__(self, channels: Sequence[int], width: int = 64) -> None:
-        super().__init__()
-        self.heads = nn.ModuleList(
-            nn.Sequential(
-                nn.Conv2d(count, width, 3, 1, 1), nn.LeakyReLU(0.2),
-                nn.Conv2d(width, width, 3, 2, 1), nn.LeakyReLU(0.2),
-                nn.Conv2d(width, 1, 1),
-            )
-            for count in channels
-        )  # fmt: skip
-
-    def forward(self, layers: Sequence[Tensor]) -> Tensor:
-        """(B, parts of all layers), above 0 true, below painted; every layer counts the same in its mean."""
-        said = [head(layer).flatten(1).float() for head, layer in zip(self.heads, layers, strict=True)]
-        most = max(one.shape[1] for one in said)
-        return torch.cat([one.repeat_interleave(most // one.shape[1], 1) for one in said], 1)
 
 
 class Habits(nn.Module):
@@ -159,8 +116,7 @@ class RewardObjective(Objective):
         self.teaching, self.settings, self.teacher = teaching, settings, teacher
         self.critic = Critic(teaching.lessons.latents.shape[1])
         self.habits = Habits()
-        seen = [] if teacher is None else teacher.seen(torch.zeros(1, 3, 128, 128))
-        self.beholder = Beholder([layer.shape[1] for layer in seen])
+        self.beholder = beholder_of(teacher)
         own = {"critic": self.critic, "habits": self.habits, "beholder": self.beholder}
         self.module = nn.ModuleDict({**cast(nn.ModuleDict, teaching.module), **own})
         self.recogniser, self.detector = recogniser, detector
@@ -263,13 +219,13 @@ class RewardObjective(Objective):
                     self.habits.see(name, shares(next(self._read(latents, seen))), open_kinds)
             said["uneven"] = self.habits.uneven(shares(read[0]), open_kinds, settings.varied)
         hazes = settings.haze * torch.randn((2, *end.shape), generator=generator, device=generator.device)
-        said["critic"] = _doubts(self.critic(batch.latents + hazes[0]), self.critic(end + hazes[1]))
+        said["critic"] = doubts(self.critic(batch.latents + hazes[0]), self.critic(end + hazes[1]))
         if layers:
-            said["critic"] = said["critic"] + _doubts(self.beholder(true_layers), self.beholder(end_layers))
+            said["critic"] = said["critic"] + doubts(self.beholder(true_layers), self.beholder(end_layers))
         if chosen == count - 1:
-            said["untrue"] = -_unmoved(self.critic, clean + hazes[1]).mean()
+            said["untrue"] = -unmoved(self.critic, clean + hazes[1]).mean()
             if layers:
-                said["unreal"] = -_unmoved(self.beholder, layers).mean()
+                said["unreal"] = -unmoved(self.beholder, layers).mean()
         return said
 
     def _seen(self, pictures: Tensor) -> list[Tensor]:
@@ -290,14 +246,3 @@ class RewardObjective(Objective):
 
     def figures(self) -> dict[str, float]:
         return self.teaching.figures()
-
-
-def _doubts(true: Tensor, painted: Tensor) -> Tensor:
-    """A critic's loss by its opinions (hinge)."""
-    return (1 - true).relu().mean() + (1 + painted).relu().mean()
-
-
-def _unmoved(critic: nn.Module, seen: Any) -> Tensor:
-    """A critic's opinion, by which it is not itself moved."""
-    frozen = {name: value.detach() for name, value in critic.named_parameters()}
-    return cast(Tensor, torch.func.functional_call(critic, frozen, (seen,)))

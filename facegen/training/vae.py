@@ -16,6 +16,7 @@ from facegen.face.networks import AttributeJudge, RecogniserNet
 from facegen.face.warp import aligned_crops
 from facegen.models.norms import quicken
 from facegen.training.cache import Cache, shuffled
+from facegen.training.critics import beholder_of, doubts, unmoved
 from facegen.training.loop import Objective
 from facegen.training.objectives.reconstruction import feature_loss, reconstruction_loss
 from facegen.world.shading import PARSING
@@ -39,6 +40,7 @@ class VAESettings:
     decoder_face: float = 0.5
     look: float = 2.0  # weight of what the teacher of attributes sees, where there is one
     facts: float = 0.6  # weight of how differently it tells what is shown
+    crisp: float = 0.1  # weight of how painted a critic finds what is decoded, where there are painted latents
     moved: float = 0.05  # weight of how far latents of a finished encoder move, where it goes on
     seed: int = 8
 
@@ -177,7 +179,9 @@ class DecoderObjective(VAEObjective):
 
     What is small and matters weighs more than in the first lesson (:data:`DETAILS`). With ``teacher`` the rebuilt
     picture must also look the same, and show the same facts, to a net that has learnt to tell them (perceptual loss,
-    Johnson et al. 2016): an error alone leaves a moustache half there.
+    Johnson et al. 2016): an error alone leaves a moustache half there. With ``painted``, latents (N, C, h, w) of the
+    finished model's own pictures, a critic learns beside that sees through the teacher, and what is decoded of them and
+    of the kept latents must look true to it: what a model paints is never quite what the encoder would have said.
     """
 
     name = "decoder"
@@ -192,23 +196,30 @@ class DecoderObjective(VAEObjective):
         recogniser: RecogniserNet,
         latents: Tensor,
         teacher: AttributeJudge | None = None,
+        painted: Tensor | None = None,
     ) -> None:
         super().__init__(vae, pictures, held_out, settings, recogniser)
-        self.teacher = teacher
+        assert painted is None or teacher is not None
+        self.teacher, self.painted = teacher, painted
         self.latents = latents  # (N, C, h, w)
         self.parsing = pictures.whole("parsing")  # (N, H, W) uint8
         self.module = nn.ModuleDict({name: vae.get_submodule(name) for name in self.parts})
         vae.requires_grad_(False)
         self.module.requires_grad_(True)
         quicken(self.module)
+        self.beholder = beholder_of(None if painted is None else teacher)
+        self.module["beholder"] = self.beholder
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Muon moves the convolutions between blocks; what leads in and out, and all vectors, AdamW."""
         groups: dict[bool, list[Tensor]] = {True: [], False: []}
         for name, weight in self.module.named_parameters():
-            inside = weight.ndim > 1 and "_block" in name
-            groups[inside].append(weight)
-        return [{"params": weights, "muon": inside} for inside, weights in groups.items()]
+            if not name.startswith("beholder."):
+                inside = weight.ndim > 1 and "_block" in name
+                groups[inside].append(weight)
+        own = [{"params": weights, "muon": inside} for inside, weights in groups.items()]
+        critic = list(self.beholder.parameters())
+        return [*own, {"params": critic}] if critic else own
 
     def helpers(self) -> Sequence[nn.Module]:
         return [*super().helpers(), *([] if self.teacher is None else [self.teacher])]
@@ -217,7 +228,10 @@ class DecoderObjective(VAEObjective):
         """Pictures (B, H, W, 3) uint8, the face's points (B, 5, 2), what each pixel shows (B, H, W), and latents."""
         rows = shuffled(len(self.rgb), self.settings.decoder_batch, step, self.settings.seed)
         kept = {"pictures": self.rgb, "points": self.points, "parsing": self.parsing, "latents": self.latents}
-        return {name: whole[rows] for name, whole in kept.items()}
+        batch = {name: whole[rows] for name, whole in kept.items()}
+        if self.painted is not None:
+            batch["painted"] = self.painted[torch.randint(len(self.painted), (len(rows) // 2,), generator=generator)]
+        return batch
 
     def loss(self, batch: Mapping[str, Tensor], step: int, generator: torch.Generator) -> dict[str, Tensor]:
         assert self.recogniser is not None
@@ -229,19 +243,33 @@ class DecoderObjective(VAEObjective):
         face = self.unlike(self.recogniser, found, images, batch["points"])
         loss = rebuilt + self.settings.decoder_face * face
         if self.teacher is not None:
-            said |= self.told(self.teacher, found, images)
+            made = found[:0]
+            if self.painted is not None:
+                made = cast(Any, self.vae).decode(batch["painted"].float()).sample.float()
+            said |= self.told(self.teacher, found, images, made)
         return {"loss": loss + sum(said.values()), "rebuilt": rebuilt, "face": face, **said}
 
-    def told(self, teacher: AttributeJudge, found: Tensor, images: Tensor) -> dict[str, Tensor]:
-        """How differently the teacher sees pictures (B, 3, H, W) in [-1, 1], and what it tells of them, weighed."""
+    def told(self, teacher: AttributeJudge, found: Tensor, images: Tensor, made: Tensor) -> dict[str, Tensor]:
+        """How differently the teacher sees pictures (B, 3, H, W) in [-1, 1], and what it tells of them, weighed.
+
+        made: pictures (P, 3, H, W) that are not to be like any other, only as the critic wants them.
+        """
         from facegen.evaluation.judges import resized
 
-        layers = teacher.seen(resized(torch.cat([found, images])))
+        every = teacher.seen(resized(torch.cat([found, images, made])))
+        count = 2 * len(found)
+        layers = [one[:count] for one in every]
         answers = teacher.facts_of(layers[-1]).values()
         told = [one.log_softmax(1).chunk(2) for one in answers]
         unlike = [F.kl_div(a, b.detach(), reduction="batchmean", log_target=True) for a, b in told]
         settings = self.settings
-        return {"look": settings.look * feature_loss(layers), "facts": settings.facts * torch.stack(unlike).mean()}
+        said = {"look": settings.look * feature_loss(layers), "facts": settings.facts * torch.stack(unlike).mean()}
+        if len(made):
+            true = [one[len(found) : count].detach() for one in every]
+            decoded = [torch.cat([one[: len(found)], one[count:]]) for one in every]
+            said["critic"] = doubts(self.beholder(true), self.beholder([one.detach() for one in decoded]))
+            said["crisp"] = -settings.crisp * unmoved(self.beholder, decoded).mean()
+        return said
 
     def seen(self, latents: Tensor, images: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """What the decoder is given of pictures (B, 3, H, W) and their kept latents, and what else is to be paid."""

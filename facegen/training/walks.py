@@ -15,6 +15,7 @@ from torch import Tensor
 
 from facegen.attention.backends import for_training
 from facegen.conditions import Condition
+from facegen.training.loop import step_seed
 
 if TYPE_CHECKING:
     from facegen.models.base import Model
@@ -90,6 +91,25 @@ def unasked(teaching: DiffusionObjective, batch: Batch) -> Velocity:
     """What the model says with neither prompt nor face, as guidance leans on it."""
     blank = replace(batch, prompts=[""] * len(batch.prompts), embeddings=torch.zeros_like(batch.embeddings))
     return plain(teaching.model, teaching.conditions(blank))
+
+
+@torch.no_grad()
+def painted(teaching: DiffusionObjective, count: int, guidance: float = 3.0, seed: int = 0) -> Tensor:
+    """Latents (count, C, h, w) float16 that the model paints by what its lessons ask for, in four to six steps."""
+    from tqdm import tqdm
+
+    teaching.module.eval()
+    found: list[Tensor] = []
+    with tqdm(total=count, desc="painted", mininterval=20.0, leave=False) as bar:
+        while bar.n < count:
+            generator = torch.Generator().manual_seed(step_seed(seed, len(found)))
+            batch = teaching.batch(len(found), generator)
+            noise = torch.randn(batch.latents.shape, generator=generator)
+            with torch.autocast("cpu", torch.bfloat16):
+                way = guided(plain(teaching.model, teaching.conditions(batch)), unasked(teaching, batch), guidance)
+                found.append(walk(way, teaching.velocity, noise, LEVELS, 4 + len(found) % 3)[1].half())
+            bar.update(min(len(found[-1]), count - bar.n))
+    return torch.cat(found)[:count]
 
 
 def rows_of(batch: Batch, rows: Tensor) -> Batch:

@@ -59,7 +59,8 @@ class Bench:
     def autoencoder(self, kind: type[DecoderObjective]) -> DecoderObjective:
         vae = new_vae(VAE)
         latents = encode_all(vae, self.pictures)
-        return kind(vae, self.pictures, None, VAE, recogniser(), latents, teacher())
+        painted = latents[:4] + 1 if kind is DecoderObjective else None
+        return kind(vae, self.pictures, None, VAE, recogniser(), latents, teacher(), painted)
 
     def control(self, name: str) -> ControlObjective:
         lessons, model = self.lessons, self.taught().model

@@ -127,7 +127,50 @@ def test_a_decoder_learns_to_look_right_to_a_teacher_of_attributes(pictures: Cac
     assert said[-1][1] < said[0][1]
     assert all(p.grad is None for p in teacher.parameters())
     images = torch.rand(2, 3, 128, 128, generator=generator) * 2 - 1
-    assert all(float(value) == pytest.approx(0, abs=1e-5) for value in objective.told(teacher, images, images).values())
+    told = objective.told(teacher, images, images, images[:0])
+    assert all(float(value) == pytest.approx(0, abs=1e-5) for value in told.values())
+
+
+def test_a_decoder_learns_to_make_of_painted_latents_what_looks_true(pictures: Cache) -> None:
+    torch.manual_seed(0)
+    vae = new_vae(VAE)
+    recogniser = RecogniserNet(16, widths=(8, 8, 8), size=32).eval().requires_grad_(False)
+    teacher = AttributeJudge(widths=(8, 8, 16, 16), hidden=16).eval().requires_grad_(False)
+    settings = replace(VAE, crop=pictures.whole("rgb").shape[1])
+    latents = encode_all(vae, pictures)
+    objective = DecoderObjective(vae, pictures, None, settings, recogniser, latents, teacher, latents[:3] + 1)
+    generator = torch.Generator().manual_seed(1)
+    batch = objective.batch(0, generator)
+    assert batch["painted"].shape == (settings.decoder_batch // 2, 4, 16, 16)
+
+    def moved(name: str) -> set[str]:
+        objective.module.zero_grad()
+        objective.loss(batch, 0, generator)[name].backward()
+        return {part for part, one in objective.module.named_children() if any(_touched(one))}
+
+    def _touched(one: torch.nn.Module) -> list[bool]:
+        return [bool(weight.grad.any()) for weight in one.parameters() if weight.grad is not None]
+
+    assert moved("critic") == {"beholder"}
+    assert moved("crisp") == {"decoder", "post_quant_conv"}
+    optimizer = torch.optim.AdamW(objective.beholder.parameters(), lr=3e-3)
+    said = []
+    for _ in range(12):
+        losses = objective.loss(batch, 0, generator)
+        optimizer.zero_grad()
+        losses["critic"].backward()
+        optimizer.step()
+        said.append(float(losses["critic"].detach()))
+    assert said[-1] < 0.9 * said[0]
+    optimizer = torch.optim.AdamW(vae.decoder.parameters(), lr=2e-3)
+    said = []
+    for _ in range(6):
+        losses = objective.loss(batch, 0, generator)
+        optimizer.zero_grad()
+        losses["crisp"].backward()
+        optimizer.step()
+        said.append(float(losses["crisp"].detach()))
+    assert said[-1] < said[0]
 
 
 def test_eyes_weigh_most_and_every_picture_the_same(pictures: Cache) -> None:

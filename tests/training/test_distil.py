@@ -73,6 +73,14 @@ def test_a_walk_is_the_scheduler_s(objective: DistilObjective) -> None:
 
 
 @torch.no_grad()
+def test_painted_latents_are_the_same_every_time(objective: DistilObjective) -> None:
+    made = [walks.painted(objective.teaching, 8, seed=seed) for seed in (1, 1, 2)]
+    assert made[0].shape == (8, 4, 16, 16)
+    assert torch.equal(made[0], made[1])
+    assert not torch.equal(made[0], made[2])
+
+
+@torch.no_grad()
 def test_the_teacher_is_guided(objective: DistilObjective) -> None:
     batch = _batch(objective, "ip_adapter_faceid")
     steps = torch.full((6,), 499)
