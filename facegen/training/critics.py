@@ -6,12 +6,16 @@ The hinge loss of Lim & Ye (arXiv 1705.02894): a critic says above 1 of what is 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from facegen.face.networks import AttributeJudge
+from facegen.training.loop import Objective
+
+if TYPE_CHECKING:
+    from facegen.models.base import Model
 
 
 class Critic(nn.Module):
@@ -62,6 +66,55 @@ def beholder_of(net: AttributeJudge | None) -> Beholder:
     """One that sees through this net; of no heads without any."""
     seen = [] if net is None else net.seen(torch.zeros(1, 3, 128, 128))
     return Beholder([layer.shape[1] for layer in seen])
+
+
+class BeholderObjective(Objective):
+    """Teaches a beholder, before anything is rewarded for its opinion, to tell what a model paints from true pictures.
+
+    Both are decoded latents, so that it sees what the model does and not what the decoder does.
+    """
+
+    name = "critic"
+
+    def __init__(self, model: Model, teacher: AttributeJudge, true: Tensor, painted: Tensor, batch: int = 8) -> None:
+        """true, painted: latents (N, C, h, w) each; every tenth of the painted is kept for the figures."""
+        self.model, self.teacher, self.true, self.painted, self.size = model, teacher, true, painted, batch
+        self.kept = max(1, len(painted) // 10)
+        self.beholder = beholder_of(teacher)
+        self.module = nn.ModuleDict({"beholder": self.beholder})
+
+    def helpers(self) -> Sequence[nn.Module]:
+        return [self.teacher]
+
+    def to(self, device: torch.device) -> None:
+        self.model.move(device)
+        super().to(device)
+
+    def batch(self, step: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """True and painted latents (B, C, h, w)."""
+        return self._some(self.true[self.kept :], generator), self._some(self.painted[self.kept :], generator)
+
+    def _some(self, latents: Tensor, generator: torch.Generator) -> Tensor:
+        return latents[torch.randint(len(latents), (self.size,), generator=generator)].float()
+
+    def loss(self, batch: tuple[Tensor, Tensor], step: int, generator: torch.Generator) -> dict[str, Tensor]:
+        true, painted = (self.beholder(self._layers(one)) for one in batch)
+        return {"loss": doubts(true, painted), "true": true.mean(), "painted": painted.mean()}
+
+    @torch.no_grad()
+    def _layers(self, latents: Tensor) -> list[Tensor]:
+        from facegen.evaluation.judges import resized
+
+        return self.teacher.seen(resized(self.model.decode(latents)) * 2 - 1)
+
+    @torch.no_grad()
+    def figures(self) -> dict[str, float]:
+        """The share of pairs of a true and a painted picture, not learnt from, that it puts in the right order."""
+        true, painted = (
+            torch.cat([self.beholder(self._layers(part.float())).mean(1) for part in kept[: self.kept].split(16)])
+            for kept in (self.true, self.painted)
+        )
+        return {"right_order": round(float((true[:, None] > painted).float().mean()), 4)}
 
 
 def doubts(true: Tensor, painted: Tensor) -> Tensor:

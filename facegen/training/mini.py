@@ -6,6 +6,7 @@ is done. What was measured goes into ``mini.json`` beside the weights.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -49,12 +50,13 @@ STEPS: Mapping[str, int] = {
     "reader": 6600,
     "words": 1600,
     "diffusion": 28000,
+    "critic": 1400,
     "reward": 4800,
     "instantid": 4000,
     "instantid reward": 1000,
 }
 
-PAINTED = 1600  # pictures of the finished model that its decoder goes on with
+PAINTED = 1600  # pictures of the model's own that critics and the decoder learn from
 
 PERCEPTION = ("recogniser", "judge", "attributes", "parsing", "detector", "points")
 VAE_SETTINGS = LoopSettings(
@@ -65,6 +67,7 @@ WORDS_SETTINGS = LoopSettings(learning_rate=1e-3, weight_decay=0.01, bfloat16=Tr
 DIFFUSION_SETTINGS = LoopSettings(
     learning_rate=8e-4, warmup=150, weight_decay=0.01, average=0.998, bfloat16=True, seed=7
 )
+CRITIC_SETTINGS = LoopSettings(learning_rate=1e-3, warmup=20, final_rate=0.2, average=0.99, seed=40)
 REWARD_SETTINGS = replace(DIFFUSION_SETTINGS, learning_rate=3e-4, warmup=40, average=0.99, seed=41)
 
 
@@ -138,7 +141,7 @@ def go_on_with(part: Literal["decoder", "autoencoder"]) -> Callable[[Workshop], 
         kind = DecoderObjective if part == "decoder" else AutoencoderObjective
         objective = kind(
             vae, lessons.pictures, Cache(shop.held_out), VAESettings(), _recogniser(shop), lessons.latents,
-            finished_teacher(shop), _painted(shop) if part == "decoder" else None,
+            finished_teacher(shop), _painted_by_the_finished(shop) if part == "decoder" else None,
         )  # fmt: skip
         measured = run(objective, shop.work / part, Budget(shop.steps(part)), VAE_SETTINGS)
         save_vae(vae, shop.output / "base" / "vae")
@@ -147,17 +150,22 @@ def go_on_with(part: Literal["decoder", "autoencoder"]) -> Callable[[Workshop], 
     return stage
 
 
-def _painted(shop: Workshop) -> Tensor:
-    """Latents that the finished model paints, kept in the work folder as long as the model's own weights stay."""
-    from facegen.evaluation.ledger import weights_of
+def _painted_by_the_finished(shop: Workshop) -> Tensor:
+    return _painted(_diffusion_objective(replace(shop, start=shop.start or shop.output)), shop)
+
+
+def _painted(objective: DiffusionObjective, shop: Workshop) -> Tensor:
+    """Latents that the model paints, kept in the work folder until others have painted some."""
     from facegen.training.checkpoint import load_tensors, save_tensors
     from facegen.training.walks import painted
 
-    folder = shop.start or shop.output
-    path, weights = shop.work / "latents_painted.safetensors", weights_of(folder / "base" / "unet")
+    digest = hashlib.sha256()
+    for value in objective.model.unet.state_dict().values():
+        digest.update(value.contiguous().numpy().tobytes())
+    path, weights = shop.work / "latents_painted.safetensors", digest.hexdigest()
     kept = load_tensors(path) if path.exists() else None
     if kept is None or kept.facts["weights"] != weights:
-        found = painted(_diffusion_objective(replace(shop, start=folder)), PAINTED)
+        found = painted(objective, max(20, round(PAINTED * min(1.0, shop.budget * 4))))
         save_tensors({"latents": found}, path, {"weights": weights})
         return found
     return kept.tensors["latents"]
@@ -329,6 +337,19 @@ def train_diffusion(shop: Workshop) -> None:
     record("diffusion", measured, shop.output / "mini.json")
 
 
+def train_critic(shop: Workshop) -> None:
+    """The critic of the rewards, before them: what the model paints so far, and what is true."""
+    from facegen.training.critics import BeholderObjective
+
+    objective = _diffusion_objective(shop)
+    _wear(objective, shop, "diffusion", rewarded=False)
+    painted, teacher = _painted(objective, shop), finished_teacher(shop)
+    torch.manual_seed(CRITIC_SETTINGS.seed)
+    critic = BeholderObjective(objective.model, teacher, objective.lessons.latents, painted)
+    measured = run(critic, shop.work / "critic", Budget(shop.steps("critic")), CRITIC_SETTINGS)
+    record("critic", measured, shop.output / "mini.json")
+
+
 def train_reward(shop: Workshop) -> None:
     """Text encoder, UNet and the adapters that learn with it go on, rewarded for their own pictures; then written."""
     objective = _diffusion_objective(shop)
@@ -356,6 +377,7 @@ def _rewarded(objective: DiffusionObjective, shop: Workshop, stage: str) -> None
     settings = RewardSettings()
     objective.settings = replace(objective.settings, batch=settings.lessons)
     reward = RewardObjective(objective, _recogniser(shop), detector, settings, finished_teacher(shop))
+    wear_average(reward.module, shop.work / "critic", only="beholder.")
     before, name = _copied(objective), REWARDS[stage]
     measured = run(reward, shop.work / name, Budget(shop.steps(name)), REWARD_SETTINGS)
     _mix(objective, before, settings.share)
@@ -460,6 +482,7 @@ STAGES: Mapping[str, Callable[[Workshop], None]] = {
     "reader": train_reader,
     "words": train_words,
     "diffusion": train_diffusion,
+    "critic": train_critic,
     "reward": train_reward,
     "instantid": train_instantid,
 }

@@ -53,17 +53,17 @@ class RewardSettings:
     lessons: int = 16
     painted: int = 8
     nobody: int = 2
-    walks: tuple[int, ...] = (3, 4, 5)
+    walks: tuple[int, ...] = (4, 5, 6)
     guidance: float = 3.0
-    likeness: float = 2.2
+    likeness: float = 2.0
     obedience: float = 0.8
     look: float = 0.04
-    sight: float = 0.2
-    uneven: float = 1.5
+    sight: float = 1.0
+    uneven: float = 2.0
     varied: tuple[str, ...] = ("looking", "tilt", "expression", "eyes", "mouth")
-    last: float = 0.5
+    last: float = 0.85
     haze: float = 0.1
-    share: float = 0.7
+    share: float = 0.5
 
 
 class Habits(nn.Module):

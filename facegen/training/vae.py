@@ -40,7 +40,7 @@ class VAESettings:
     decoder_face: float = 0.5
     look: float = 2.0  # weight of what the teacher of attributes sees, where there is one
     facts: float = 0.6  # weight of how differently it tells what is shown
-    crisp: float = 0.1  # weight of how painted a critic finds what is decoded, where there are painted latents
+    crisp: float = 0.05  # weight of how painted a critic finds what is decoded, where there are painted latents
     moved: float = 0.05  # weight of how far latents of a finished encoder move, where it goes on
     seed: int = 8
 

@@ -20,6 +20,7 @@ from facegen.models.alignment import Aligner
 from facegen.models.geometry import ALL, Geometry
 from facegen.models.swap import KIND, Swap
 from facegen.training.cache import Cache
+from facegen.training.critics import BeholderObjective
 from facegen.training.diffusion import DiffusionObjective, DiffusionSettings, Lessons, new_adapters
 from facegen.training.distil import DistilObjective, DistilSettings
 from facegen.training.loop import Budget, LoopSettings, Objective, run, training_device, use_device
@@ -132,6 +133,9 @@ OBJECTIVES: Mapping[str, Callable[[Bench], Objective]] = {
     "ip_adapter_faceid": lambda bench: bench.way("ip_adapter_faceid"),
     "instantid": lambda bench: bench.taught(ways={"instantid": 1.0}, base=False),
     "reward": rewarded,
+    "critic": lambda bench: BeholderObjective(
+        (base := bench.taught()).model, teacher(), base.lessons.latents, base.lessons.latents + 1, batch=3
+    ),
     "distil": lambda bench: DistilObjective(
         bench.taught(base=False), DistilSettings(rank=4, batch=6, walks=(2, 3), ways=SIZES.ways)
     ),

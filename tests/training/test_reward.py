@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from facegen.face.networks import AttributeJudge, DetectorNet, RecogniserNet
+from facegen.training.critics import BeholderObjective
 from facegen.training.diffusion import DiffusionObjective, DiffusionSettings
-from facegen.training.loop import Budget, LoopSettings, run
+from facegen.training.loop import Budget, LoopSettings, run, wear_average
 from facegen.training.mini import Workshop, _wear
 from facegen.training.reader import _PLACES, asked, shares
 from facegen.training.reader import SIZES as READER_SIZES
@@ -160,6 +161,21 @@ def test_a_critic_learns_and_is_not_moved_by_whom_it_judges(taught: RewardObject
         optimizer.step()
         losses.append(float(loss.detach()))
     assert losses[-1] < losses[0]
+
+
+def test_a_critic_learns_to_tell_painted_from_true_before_it_is_asked(taught: RewardObjective, tmp_path: Path) -> None:
+    assert taught.teacher is not None
+    generator = torch.Generator().manual_seed(3)
+    true = torch.randn(24, 4, 16, 16, generator=generator)
+    painted = true + 2
+    critic = BeholderObjective(taught.teaching.model, taught.teacher, true, painted.half(), batch=6)
+    first = critic.loss(critic.batch(0, generator), 0, generator)["loss"].item()
+    measured = run(critic, tmp_path, Budget(steps=25), LoopSettings(learning_rate=3e-3, warmup=2, average=0.5))
+    assert measured["train_loss"] < first
+    assert measured["right_order"] == 1
+    # What it knows is where the reward begins.
+    wear_average(taught.module, tmp_path, only="beholder.")
+    assert torch.equal(taught.beholder.heads[0][0].weight, critic.beholder.heads[0][0].weight)  # type: ignore[index]
 
 
 def test_without_anything_asked_for_there_is_the_lesson_alone(objective: RewardObjective) -> None:
