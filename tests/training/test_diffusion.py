@@ -105,7 +105,7 @@ def test_a_finished_autoencoder_goes_on(
 
 
 def told_by_step(learner: Learner, parts: tuple[str, ...], steps: int) -> list[tuple[float, ...]]:
-    """What an objective says of some parts of its loss, one batch again and again, while these alone are learnt from."""
+    """What an objective says of some parts of its loss, of one batch, while these alone are learnt from."""
     objective, batch, optimizer = learner
     said = []
     for _ in range(steps):
