@@ -113,13 +113,8 @@ class Cast:
         """The heads that the pictures show, by the pack's 68 points."""
         from facegen.face.head import fit
         from facegen.face.landmarks import LandmarkFinder
-        from facegen.world.landmarks import landmarks5
 
-        finder, points = LandmarkFinder.from_pretrained(), self.points
-        gray = self.pictures.mean(1, keepdim=True)
-        for _ in range(2):
-            found = finder.refined(gray, points)
-            points = landmarks5(found)
+        found = LandmarkFinder.from_pretrained().located(self.pictures.mean(1, keepdim=True), self.points)
         return [fit(one.numpy()) for one in found]
 
     def turned(self, rows: Tensor, pose: Tensor) -> Tensor:
@@ -201,8 +196,8 @@ def _measure(plan: Plan, judges: Judges, model: Model, adapters: dict[str, Adapt
             for rows in torch.arange(plan.people).split(plan.batch):
                 seeds = [plan.seed + 1_000_003 * number + int(row) for row in rows]
                 asked = [texts[row] for row in rows.tolist()]
-                points = first.turned(rows, scenes.pose[rows]) if name.endswith(POSED) else None
-                made = generate(plan, model, adapter, first, (rows, asked, seeds), points=points)
+                pose = scenes.pose[rows] if name.endswith(POSED) else None
+                made = generate(plan, model, adapter, first, (rows, asked, seeds), pose=pose)
                 tallies[name].add(judges, made, asked, rows)
                 tell(done := done + len(rows), total)
     cosines = torch.cat(strangers)
@@ -240,11 +235,11 @@ def generate(
     asked: tuple[Tensor, list[str], list[int]],
     loras: Sequence[LoraCondition] = (),
     *,
-    points: Tensor | None = None,
+    pose: Tensor | None = None,
 ) -> Tensor:
     """Pictures (B, 3, H, W): asked are the people's places in the cast, their prompts and their seeds.
 
-    points: where faces are to be (B, 5, 2), for adapters that follow key points; None: where the photos have them.
+    pose: where adapters that follow key points are to have the heads, (B, columns of POSE); None: where the photos do.
     """
     rows, texts, seeds = asked
     from facegen import schedulers
@@ -254,10 +249,9 @@ def generate(
     conditions: list[Condition] = [model.encode_text(texts, loras=loras), *loras]
     host = model
     if adapter is not None:
+        points = cast.points[rows] if pose is None else cast.turned(rows, pose)
         conditions += adapter.conditions_from_embeddings(
-            cast.embeddings[rows],
-            model,
-            _request(adapter, cast.points[rows] if points is None else points, texts, (height, width)),
+            cast.embeddings[rows], model, _request(adapter, points, texts, (height, width))
         )
         host = adapter.host(model)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]

@@ -161,15 +161,16 @@ class Painter:
 
         posed: the adapter's points are the photo's, turned to the pose that the prompt's picture has.
         """
-        plan, made, first = self.stage.plan, list[Tensor](), self.stage.first
+        plan, made = self.stage.plan, []
         for number, own in enumerate(texts, 1):
             parts = []
-            pose = _scenes(plan, number).pose
+            pose = _scenes(plan, number).pose if posed else None
             for rows in torch.arange(plan.people).split(plan.batch):
                 seeds = [plan.seed + 1_000_003 * number + int(row) for row in rows]
                 asked = [own[row] for row in rows.tolist()]
-                points = first.turned(rows, pose[rows]) if posed else None
-                parts.append(generate(plan, self.stage.model, adapter, first, (rows, asked, seeds), points=points))
+                own_pose = None if pose is None else pose[rows]
+                how = (rows, asked, seeds)
+                parts.append(generate(plan, self.stage.model, adapter, self.stage.first, how, pose=own_pose))
                 self.skip(len(rows))
             made.append(torch.cat(parts))
         return made

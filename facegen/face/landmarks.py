@@ -54,10 +54,11 @@ class LandmarkFinder:
         assert face.points is not None
         pixels = torch.from_numpy(np.asarray(photo.convert("RGB"), np.float32)).mean(2)[None, None] / 255
         points = torch.from_numpy(np.asarray(face.points, np.float32))[None]
-        for _ in range(2):  # the second time about the points that were found the first time
-            found = self.refined(pixels, points)
-            points = landmarks5(found)
-        return found[0].numpy()
+        return self.located(pixels, points)[0].numpy()
+
+    def located(self, pixels: Tensor, points: Tensor) -> Tensor:
+        """As `refined`, and once more about the points that were found."""
+        return self.refined(pixels, landmarks5(self.refined(pixels, points)))
 
     def refined(self, pixels: Tensor, points: Tensor) -> Tensor:
         """Points (B, 68, 2) of gray pictures (B, 1, H, W) in [0, 1] about five points (B, 5, 2), of picture and mirror

@@ -215,6 +215,11 @@ def _spawn(folder: Path, plan: CachePlan, workers: int) -> Iterator[subprocess.P
         yield subprocess.Popen([sys.executable, "-m", "facegen.training.cache", *words], env=environment)
 
 
+def cores() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _apart(folder: Path, plan: CachePlan, workers: int) -> int:
     """The worst exit status of so many processes; none of them outlives this one."""
     processes = list(_spawn(folder, plan, workers))
@@ -230,7 +235,7 @@ def fill_cache(folder: Path, plan: CachePlan, workers: int | None = None) -> Non
 
     Raises what :func:`render_cache` raises, and :class:`Cancelled` on Ctrl-C; whole shards stay.
     """
-    workers = os.cpu_count() or 1 if workers is None else workers
+    workers = cores() if workers is None else workers
     try:
         if workers > 1 and sum((folder / f"{shard:05d}").is_dir() for shard in range(plan.shards)) < plan.shards - 1:
             _agree(folder, plan)

@@ -64,8 +64,14 @@ class Beholder(nn.Module):
 
 def beholder_of(net: AttributeJudge | None) -> Beholder:
     """One that sees through this net; of no heads without any."""
-    seen = [] if net is None else net.seen(torch.zeros(1, 3, 128, 128))
-    return Beholder([layer.shape[1] for layer in seen])
+    return Beholder([layer.shape[1] for layer in layers_of(net, torch.zeros(1, 3, 128, 128))])
+
+
+def layers_of(net: AttributeJudge | None, pictures: Tensor) -> list[Tensor]:
+    """What a net's layers see of pictures (B, 3, H, W) in [0, 1], (B, C, h, w) each; nothing without a net."""
+    from facegen.evaluation.judges import resized
+
+    return [] if net is None else net.seen(resized(pictures) * 2 - 1)
 
 
 class BeholderObjective(Objective):
@@ -75,6 +81,7 @@ class BeholderObjective(Objective):
     """
 
     name = "critic"
+    model: Model
 
     def __init__(self, model: Model, teacher: AttributeJudge, true: Tensor, painted: Tensor, batch: int = 8) -> None:
         """true, painted: latents (N, C, h, w) each; every tenth of the painted is kept for the figures."""
@@ -85,10 +92,6 @@ class BeholderObjective(Objective):
 
     def helpers(self) -> Sequence[nn.Module]:
         return [self.teacher]
-
-    def to(self, device: torch.device) -> None:
-        self.model.move(device)
-        super().to(device)
 
     def batch(self, step: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """True and painted latents (B, C, h, w)."""
@@ -103,9 +106,7 @@ class BeholderObjective(Objective):
 
     @torch.no_grad()
     def _layers(self, latents: Tensor) -> list[Tensor]:
-        from facegen.evaluation.judges import resized
-
-        return self.teacher.seen(resized(self.model.decode(latents)) * 2 - 1)
+        return layers_of(self.teacher, self.model.decode(latents))
 
     @torch.no_grad()
     def figures(self) -> dict[str, float]:

@@ -26,6 +26,7 @@ from facegen.training.record import record
 from facegen.training.walks import LEVELS, Velocity, guided, plain, rows_of, unasked, walk
 
 if TYPE_CHECKING:
+    from facegen.models.base import Model
     from facegen.training.diffusion import Batch, DiffusionObjective
     from facegen.training.mini import Workshop
 
@@ -121,6 +122,7 @@ class DistilObjective(Objective):
     """The student says by itself what the guided teacher says, at the places of a short walk; only the LoRA learns."""
 
     name = "distil"
+    model: Model
 
     def __init__(self, teaching: DiffusionObjective, settings: DistilSettings = DistilSettings()) -> None:
         self.model, self.teaching, self.settings = teaching.model, teaching, settings
@@ -131,9 +133,8 @@ class DistilObjective(Objective):
         generator = torch.Generator().manual_seed(settings.seed)
         self.module = LowRankSet(self.model.unet, settings.rank, generator)
 
-    def to(self, device: torch.device) -> None:
-        self.teaching.to(device)
-        super().to(device)
+    def helpers(self) -> Sequence[nn.Module]:
+        return self.teaching.helpers()
 
     def batch(self, step: int, generator: torch.Generator) -> Batch:
         return self.teaching.batch(step, generator)

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ from facegen.allocator import keep_memory
 from facegen.errors import Cancelled, CheckpointBroken, WrongRequest
 from facegen.lending import moved
 from facegen.memory import MemoryPlan
+from facegen.training.cache import cores
 from facegen.training.checkpoint import (
     flatten_optimiser,
     load_tensors,
@@ -39,6 +40,9 @@ from facegen.training.checkpoint import (
     with_prefix,
 )
 from facegen.training.muon import MuonAdamW
+
+if TYPE_CHECKING:
+    from facegen.models.base import Model
 
 logger = logging.getLogger(__name__)
 STATE = "state.safetensors"
@@ -52,6 +56,7 @@ class Objective(ABC):
 
     name: ClassVar[str]
     module: nn.Module  # all that is trained and saved, auxiliary heads included
+    model: Model | None = None  # whose UNet, VAE or text encoder the loss asks, learning or not
 
     @abstractmethod
     def batch(self, step: int, generator: torch.Generator) -> Any:
@@ -68,11 +73,13 @@ class Objective(ABC):
         """
 
     def helpers(self) -> Sequence[nn.Module]:
-        """The nets that the loss asks and that do not learn from it."""
+        """The nets besides the model's that the loss asks and that do not learn from it."""
         return ()
 
     def to(self, device: torch.device) -> None:
         """Bring all nets to the device; what is learnt from stays where it is."""
+        if self.model is not None:
+            self.model.move(device)
         for part in (self.module, *self.helpers()):
             part.to(device)
 
@@ -214,7 +221,7 @@ def training_device() -> torch.device:
 
 
 class _Batches(Dataset[Any]):
-    """The batches of a training by their seeds, for processes that draw them ahead."""
+    """The batches of a training by their steps and seeds, for this process or for those that draw them ahead."""
 
     def __init__(self, objective: Objective) -> None:
         self.objective = objective
@@ -328,7 +335,7 @@ class _Run:
         """Let other processes draw the batches up to ``steps`` from here on; they are the same ones."""
         workers = self.settings.workers
         if workers is None:
-            workers = 0 if self.accelerator.device.type == "cpu" else _free_cores()
+            workers = 0 if self.accelerator.device.type == "cpu" else _helping_hands()
         if workers > 0:
             keys = [(step, seed) for step in range(self.step, steps) for seed in self.seeds(step)]
             self.drawn = iter(
@@ -343,10 +350,7 @@ class _Run:
         device, count = self.accelerator.device, self.settings.accumulate
         shown: dict[str, Tensor] = {}
         for seed in self.seeds(step):
-            if self.drawn is None:
-                batch = self.objective.batch(step, torch.Generator().manual_seed(seed))
-            else:
-                batch = next(self.drawn)
+            batch = _Batches(self.objective)[step, seed] if self.drawn is None else next(self.drawn)
             generator = torch.Generator(device).manual_seed(seed ^ 1)
             with torch.autocast(device.type, torch.bfloat16, enabled=self.settings.bfloat16):
                 losses = self.step_module(moved(batch, device), step, generator)
@@ -463,12 +467,11 @@ def run(
     return measured
 
 
-def _free_cores() -> int:
+def _helping_hands() -> int:
     """How many processes can draw batches beside this one, by cores and by the shared memory that takes the batches."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     shared = Path("/dev/shm")
-    room = shutil.disk_usage(shared).free // _HANDED if shared.is_dir() else cores
-    return max(0, min(cores - 1, room))
+    room = shutil.disk_usage(shared).free // _HANDED if shared.is_dir() else cores()
+    return max(0, min(cores() - 1, room))
 
 
 def wear_average(module: nn.Module, folder: Path, only: str | tuple[str, ...] = "") -> None:

@@ -85,8 +85,7 @@ class Points68Objective(Objective):
         errors = []
         for rows in torch.arange(len(cache)).split(64):
             gray = cache.rgb(rows).mean(1, keepdim=True)
-            found = finder.refined(gray, self._five(cache, rows, generator))
-            found = finder.refined(gray, landmarks5(found))
+            found = finder.located(gray, self._five(cache, rows, generator))
             true = cache.field("landmarks68", rows).float()
             apart = (landmarks5(true)[:, 0] - landmarks5(true)[:, 1]).norm(dim=1).clamp(min=4.0)
             errors.append((found - true).norm(dim=2).mean(1) / apart)

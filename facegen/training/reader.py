@@ -209,6 +209,7 @@ class WordsObjective(Objective):
     """Teach the text encoder to keep what prompts ask for and, with Arc2Face's token, whose face they carry."""
 
     name = "words"
+    model: Model
 
     def __init__(self, model: Model, arc2face: Arc2Face, lessons: Lessons, batch: int = 64, seed: int = 10) -> None:
         self.model, self.arc2face, self.lessons = model, arc2face, lessons
@@ -218,10 +219,6 @@ class WordsObjective(Objective):
         self.module = nn.ModuleDict({"text_encoder": model.text_encoder, "prompt_reader": self.reader})
         self.module.requires_grad_(True)
         self.scenes = lessons.pictures.scenes(torch.arange(len(lessons.pictures)))
-
-    def to(self, device: torch.device) -> None:
-        self.model.move(device)
-        super().to(device)
 
     def batch(self, step: int, generator: torch.Generator) -> tuple[list[str], Tensor, Tensor]:
         """Prompts (B), embeddings (B, D; zero: nobody), and what the prompts leave open (B, values of all kinds)."""

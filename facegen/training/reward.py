@@ -25,13 +25,14 @@ from torch import Tensor, nn
 from facegen.face.networks import AttributeJudge, DetectorNet, RecogniserNet
 from facegen.face.warp import aligned_crops
 from facegen.models.norms import quicken
-from facegen.training.critics import Critic, beholder_of, doubts, unmoved
+from facegen.training.critics import Critic, beholder_of, doubts, layers_of, unmoved
 from facegen.training.loop import Objective
 from facegen.training.reader import SIZES, disobedience, shares, unnamed
 from facegen.training.walks import LEVELS, guided, plain, rows_of, unasked, walk
 from facegen.world.facts import FACTS
 
 if TYPE_CHECKING:
+    from facegen.models.base import Model
     from facegen.training.diffusion import Batch, DiffusionObjective
 
 
@@ -104,6 +105,7 @@ class RewardObjective(Objective):
     """The lessons of :class:`DiffusionObjective`, and beside them the reward of the model's own pictures."""
 
     name = "reward"
+    model: Model
 
     def __init__(
         self,
@@ -114,6 +116,7 @@ class RewardObjective(Objective):
         teacher: AttributeJudge | None = None,
     ) -> None:
         self.teaching, self.settings, self.teacher = teaching, settings, teacher
+        self.model = teaching.model
         self.critic = Critic(teaching.lessons.latents.shape[1])
         self.habits = Habits()
         self.beholder = beholder_of(teacher)
@@ -123,12 +126,8 @@ class RewardObjective(Objective):
         quicken(teaching.model.vae)
 
     def helpers(self) -> Sequence[nn.Module]:
-        nets: list[nn.Module] = [self.recogniser, self.detector]
+        nets = [*self.teaching.helpers(), self.recogniser, self.detector]
         return nets if self.teacher is None else [*nets, self.teacher]
-
-    def to(self, device: torch.device) -> None:
-        self.teaching.to(device)
-        super().to(device)
 
     def points(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Five points (B, 5, 2) of pictures (B, 3, H, W) in [0, 1], and whether there is a face, (B,)."""
@@ -205,10 +204,12 @@ class RewardObjective(Objective):
         counts = certain * found * (batch.who != 0).any(1)
         said = {"unlike": (counts * (1 - F.cosine_similarity(who, batch.who))).sum() / counts.sum().clamp_min(1e-6)}
         said |= dict.fromkeys(("amiss", "untrue", "unreal", "uneven"), torch.zeros(()))
-        layers = self._seen(picture)
+        layers = layers_of(self.teacher, picture)
         with torch.no_grad():
-            true_layers = self._seen(teaching.model.decode(batch.latents)) if self.teacher is not None else []
-            end_layers = self._seen(painted)
+            true_layers = (
+                layers_of(self.teacher, teaching.model.decode(batch.latents)) if self.teacher is not None else []
+            )
+            end_layers = layers_of(self.teacher, painted)
         read = list(self._read(clean, layers))
         if read:
             told = [disobedience(one, batch.wanted) for one in read]
@@ -227,12 +228,6 @@ class RewardObjective(Objective):
             if layers:
                 said["unreal"] = -unmoved(self.beholder, layers).mean()
         return said
-
-    def _seen(self, pictures: Tensor) -> list[Tensor]:
-        """What the teacher's layers see of pictures in [0, 1]; nothing without a teacher."""
-        from facegen.evaluation.judges import resized
-
-        return [] if self.teacher is None else self.teacher.seen(resized(pictures) * 2 - 1)
 
     def _read(self, latents: Tensor, layers: Sequence[Tensor]) -> Iterator[Tensor]:
         """What a picture shows, logits (B, values of all kinds), by each net that reads here, one after the other.

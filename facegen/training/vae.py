@@ -117,9 +117,9 @@ class VAEObjective(Objective):
         self.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def helpers(self) -> Sequence[nn.Module]:
-        return [self.vae] if self.recogniser is None else [self.vae, self.recogniser]
+        return [] if self.recogniser is None else [self.recogniser]
 
-    def batch(self, step: int, generator: torch.Generator) -> Any:
+    def batch(self, step: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Crops (B, 3, crop, crop) uint8, some mirrored, and the face's points in them (B, 5, 2)."""
 
         def draw(high: int, count: int = 1) -> list[int]:
@@ -139,11 +139,16 @@ class VAEObjective(Objective):
                 part = part.flip(1)
             parts.append(part)
             points.append(own)
-        return torch.stack(parts).permute(0, 3, 1, 2), torch.stack(points)
+        return {"pictures": torch.stack(parts).permute(0, 3, 1, 2), "points": torch.stack(points)}
 
-    def loss(self, batch: Any, step: int, generator: torch.Generator) -> dict[str, Tensor]:
+    @staticmethod
+    def images(batch: Mapping[str, Tensor]) -> Tensor:
+        """A batch's pictures (B, 3, H, W) in [-1, 1]."""
+        return (batch["pictures"].float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+
+    def loss(self, batch: Mapping[str, Tensor], step: int, generator: torch.Generator) -> dict[str, Tensor]:
         settings = self.settings
-        images = (batch[0].float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+        images = self.images(batch)
         posterior = self.vae.encode(images).latent_dist
         found = self.vae.decode(posterior.sample(generator)).sample.float()
         rebuilt = reconstruction_loss(found, images)
@@ -152,7 +157,7 @@ class VAEObjective(Objective):
         losses = {"rebuilt": rebuilt, "kl": kl, "color": color}
         loss = rebuilt + settings.kl * settings.latent_channels * kl + settings.color * color
         if self.recogniser is not None:
-            losses["face"] = self.unlike(self.recogniser, found, images, batch[1])
+            losses["face"] = self.unlike(self.recogniser, found, images, batch["points"])
             loss = loss + settings.face * losses["face"]
         return {"loss": loss, **losses}
 
@@ -222,21 +227,21 @@ class DecoderObjective(VAEObjective):
         return [*own, {"params": critic}] if critic else own
 
     def helpers(self) -> Sequence[nn.Module]:
-        return [*super().helpers(), *([] if self.teacher is None else [self.teacher])]
+        return [self.vae, *super().helpers(), *([] if self.teacher is None else [self.teacher])]
 
     def batch(self, step: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """Pictures (B, H, W, 3) uint8, the face's points (B, 5, 2), what each pixel shows (B, H, W), and latents."""
+        """Pictures (B, 3, H, W) uint8, the face's points (B, 5, 2), what each pixel shows (B, H, W), and latents."""
         rows = shuffled(len(self.rgb), self.settings.decoder_batch, step, self.settings.seed)
         kept = {"pictures": self.rgb, "points": self.points, "parsing": self.parsing, "latents": self.latents}
         batch = {name: whole[rows] for name, whole in kept.items()}
+        batch["pictures"] = batch["pictures"].permute(0, 3, 1, 2)
         if self.painted is not None:
             batch["painted"] = self.painted[torch.randint(len(self.painted), (len(rows) // 2,), generator=generator)]
         return batch
 
     def loss(self, batch: Mapping[str, Tensor], step: int, generator: torch.Generator) -> dict[str, Tensor]:
         assert self.recogniser is not None
-        pixels = batch["pictures"].permute(0, 3, 1, 2).float() / 127.5 - 1
-        images = pixels.contiguous(memory_format=torch.channels_last)
+        images = self.images(batch)
         latents, said = self.seen(batch["latents"].float(), images, generator)
         found = cast(Any, self.vae).decode(latents).sample.float()
         rebuilt = reconstruction_loss(found, images, weights=detail_weights(batch["parsing"]))

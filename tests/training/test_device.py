@@ -125,9 +125,9 @@ OBJECTIVES: Mapping[str, Callable[[Bench], Objective]] = {
     ),
     "words": lambda bench: WordsObjective(
         (base := bench.taught()).model,
-        base.adapters["arc2face"],
+        base.adapters["arc2face"],  # type: ignore[arg-type]
         base.lessons,
-        batch=4,  # type: ignore[arg-type]
+        batch=4,
     ),
     "prompt": lambda bench: bench.way("prompt"),
     "ip_adapter_faceid": lambda bench: bench.way("ip_adapter_faceid"),

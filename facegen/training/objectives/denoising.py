@@ -33,15 +33,12 @@ _INSIDE = re.compile(r"(^unet|controlnet)\.(down_blocks|mid_block|up_blocks)\.")
 class DenoisingObjective(Objective):
     """Predict the velocity of noisy latents; what conditions the model is up to whoever inherits."""
 
+    model: Model
     steering: float = 2.0  # factor on the learning rate of what listens to prompts and faces
 
     def __init__(self, model: Model, lessons: Lessons, held_out: Lessons | None, scheduler: Mapping[str, Any]) -> None:
         self.model, self.lessons, self.held_out = model, lessons, held_out
         self.velocity = VelocityObjective(scheduler)
-
-    def to(self, device: torch.device) -> None:
-        self.model.move(device)
-        super().to(device)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Everything decays alike; what listens to prompts and faces learns faster, for it hears of them late.

@@ -64,6 +64,7 @@ class RestoreObjective(Objective):
     """Tell the clean latents from the damaged picture; only the aligner learns."""
 
     name = "restore"
+    model: Model
 
     def __init__(
         self,
@@ -89,10 +90,6 @@ class RestoreObjective(Objective):
 
     def helpers(self) -> Sequence[nn.Module]:
         return [] if self.reader is None else [self.reader]
-
-    def to(self, device: torch.device) -> None:
-        self.model.move(device)
-        super().to(device)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Muon moves the matrices between the features; what leads in and out, gains and codes go AdamW's way."""

@@ -77,6 +77,7 @@ class SliderObjective(Objective):
     """What both ways of learning a slider share: the frozen model and one call of it."""
 
     name = "slider"
+    model: Model
 
     def __init__(self, model: Model, settings: SliderSettings) -> None:
         self.model, self.settings = model, settings
@@ -86,7 +87,7 @@ class SliderObjective(Objective):
 
     def to(self, device: torch.device) -> None:
         """The model is where it was loaded, and so is what was made with it."""
-        super().to(self.model.device)
+        self.module.to(self.model.device)
 
     def predict(self, latents: Tensor, timesteps: Tensor, text: TextCondition, strength: float = 0.0) -> Tensor:
         """The model's output for noisy latents (B, C, h, w) at timesteps (B,), with the slider at this strength."""
