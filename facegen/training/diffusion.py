@@ -35,6 +35,7 @@ from facegen.training.cache import Cache, shuffled
 from facegen.training.objectives.denoising import DenoisingObjective, another, face_weights, noise_levels
 from facegen.training.reader import LatentReader, asked, disobedience, person_means
 from facegen.world.captions import caption
+from facegen.world.facts import FACTS, labels
 
 SCHEDULER = {
     "_class_name": "DDIMScheduler",
@@ -52,6 +53,18 @@ SCHEDULER = {
 }
 
 
+# What a model obeys least, for captions seldom tell of it: of the facts that prompts ask for a thirtieth are colours of
+# eyes, a hundredth are earrings. How often each is taught, against the others.
+SELDOM: Mapping[tuple[str, str], float] = {
+    ("earrings", "yes"): 3.0, ("eyes", "winking"): 3.0, ("eyes", "closed"): 1.0, ("eye_color", "hazel"): 2.0,
+    ("eye_color", "green"): 2.0, ("eye_color", "blue"): 1.0, ("eye_color", "gray"): 2.0, ("looking", "ahead"): 3.0,
+    ("looking", "left"): 0.5, ("looking", "right"): 0.5, ("tilt", "up"): 0.5, ("tilt", "down"): 0.5,
+    ("hair_style", "side part"): 1.0, ("hair_style", "buzz cut"): 1.0, ("glasses", "round"): 1.0,
+    ("skin", "light"): 1.0, ("skin", "dark"): 1.0, ("freckles", "yes"): 1.0, ("hat", "beanie"): 0.5,
+    ("goatee", "yes"): 0.5, ("stubble", "yes"): 0.5,
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class DiffusionSettings:
     """Sizes of UNet, text encoder and adapters, and what a batch is made of.
@@ -59,6 +72,7 @@ class DiffusionSettings:
     ways: share of the batches that teach each way; faces: share of rows with a face in a "prompt" batch;
     no_prompt, no_face: share of rows whose prompt or face is left out, so that guidance has something to lean on.
     free: share of the prompts that are worded as people type them.
+    seldom: share of the rows that show, and tell of, what few pictures or captions do (:data:`SELDOM`).
     """
 
     channels: tuple[int, ...] = (64, 128, 192)
@@ -76,6 +90,7 @@ class DiffusionSettings:
     no_face: float = 0.1
     no_points: float = 0.1
     free: float = 0.5
+    seldom: float = 0.35
     steering: float = 2.0  # factor on the learning rate of what listens to prompts and faces
     likeness: float = 0.4  # weights of what the reader of latents says about the clean estimate: who …
     obedience: float = 0.3  # … and what it shows
@@ -188,6 +203,9 @@ class DiffusionObjective(DenoisingObjective):
         self._scenes = {id(one): one.pictures.scenes(torch.arange(len(one.pictures))) for one in self._all()}
         self._points = {id(one): one.pictures.whole("landmarks5").float() for one in self._all()}
         self._people = {id(one): person_means(one) for one in self._all()}
+        shown = labels(self._scenes[id(lessons)])
+        pools = {(kind, value): (shown[kind] == FACTS[kind].index(value)).nonzero()[:, 0] for kind, value in SELDOM}
+        self._seldom = {fact: rows for fact, rows in pools.items() if len(rows)}
         for part in (*base.values(), *own.values()):
             quicken(part)
 
@@ -204,16 +222,36 @@ class DiffusionObjective(DenoisingObjective):
         weights = torch.tensor([settings.ways[way] for way in ways])
         way = ways[int(torch.multinomial(weights, 1, generator=generator))]
         rows = shuffled(len(self.lessons.pictures), settings.batch, step, settings.seed)
-        return self._gather(self.lessons, rows, way, generator)
+        rows, told = self._with_seldom(rows, generator)
+        return self._gather(self.lessons, rows, way, generator, told)
 
-    def _gather(self, lessons: Lessons, rows: Tensor, way: str, generator: torch.Generator) -> Batch:
+    def _with_seldom(self, rows: Tensor, generator: torch.Generator) -> tuple[Tensor, list[str | None]]:
+        """Some of the rows (B,) exchanged for ones that show what is seldom told, and which kind that is."""
+        rows, told = rows.clone(), list[str | None]([None] * len(rows))
+        facts, chances = list(self._seldom), torch.tensor([SELDOM[fact] for fact in self._seldom])
+        chosen = torch.rand(len(rows), generator=generator) < self.settings.seldom
+        for place in chosen.nonzero()[:, 0].tolist() if facts else []:
+            fact = facts[int(torch.multinomial(chances, 1, generator=generator))]
+            pool = self._seldom[fact]
+            rows[place] = pool[int(torch.randint(len(pool), (1,), generator=generator))]
+            told[place] = "hair" if fact[0] == "hair_style" else fact[0]
+        return rows, told
+
+    def _gather(
+        self,
+        lessons: Lessons,
+        rows: Tensor,
+        way: str,
+        generator: torch.Generator,
+        told: Sequence[str | None] | None = None,
+    ) -> Batch:
         settings, count = self.settings, len(rows)
         roll = torch.rand(4, count, generator=generator)
         with_face = roll[0] < (settings.faces if way == "prompt" else 1 - settings.no_face)
         scenes = self._scenes[id(lessons)][rows]
         free = settings.free
-        plain = caption(scenes, generator, free=free)
-        named = caption(scenes, generator, subject="id person", free=free) if way == "prompt" else plain
+        plain = caption(scenes, generator, free=free, told=told)
+        named = caption(scenes, generator, subject="id person", free=free, told=told) if way == "prompt" else plain
         prompts = [
             "" if drop and not (face and way == "prompt") else (b if face else a)
             for a, b, face, drop in zip(

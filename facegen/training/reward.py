@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from facegen.face.networks import AttributeJudge, DetectorNet, RecogniserNet
+from facegen.face.networks import AMOUNTS, AttributeJudge, DetectorNet, RecogniserNet
 from facegen.face.warp import aligned_crops
 from facegen.models.norms import quicken
 from facegen.training.critics import Critic, beholder_of, doubts, layers_of, unmoved
@@ -30,6 +30,7 @@ from facegen.training.loop import Objective
 from facegen.training.reader import SIZES, disobedience, shares, unnamed
 from facegen.training.walks import LEVELS, guided, plain, rows_of, unasked, walk
 from facegen.world.facts import FACTS
+from facegen.world.parameters import EXPRESSION
 
 if TYPE_CHECKING:
     from facegen.models.base import Model
@@ -46,6 +47,7 @@ class RewardSettings:
     what comes of it; sight: of how untrue the critic finds it that looks through the teacher.
     uneven: weight of how much more often than true pictures the painted ones show something that nobody asked for, of
     the ``varied`` kinds of facts.
+    spread: weight of how much less moods and heads differ than in true pictures, unit by unit.
     last: share of the rewards that are given at the walk's last place, where the estimate is the finished picture.
     haze: noise that the critic looks through, so that it sees no more than eyes would.
     share: how far the finished weights go from those before towards the rewarded ones.
@@ -62,6 +64,7 @@ class RewardSettings:
     sight: float = 1.0
     uneven: float = 2.0
     varied: tuple[str, ...] = ("looking", "tilt", "expression", "eyes", "mouth")
+    spread: float = 0.5
     last: float = 0.85
     haze: float = 0.1
     share: float = 0.5
@@ -101,6 +104,46 @@ class Habits(nn.Module):
         return (seen * excess * counts).sum() / each.sum().clamp_min(1)
 
 
+class Reach(nn.Module):
+    """How far moods and heads of true and painted pictures reach, unit by unit.
+
+    Kinds of facts are coarse: half a smile and a whole one are both "smiling". The spread of what a net sees of each
+    unit is held beside that of true pictures, which it sees with the same eyes.
+    """
+
+    UNITS = (*(unit.name for unit in EXPRESSION), "yaw", "pitch", "roll")
+
+    def __init__(self, memory: float = 0.98) -> None:
+        super().__init__()
+        self.memory = memory
+        for name in ("true", "painted"):
+            self.register_buffer(name, torch.stack([torch.zeros(len(self.UNITS)), torch.ones(len(self.UNITS))]))
+
+    @classmethod
+    def units(cls, answers: Mapping[str, Tensor]) -> Tensor:
+        """What a judge of attributes answers of B pictures, in the units of the world, (B, units)."""
+        return torch.stack([answers[name].sigmoid() if name in AMOUNTS else answers[name] for name in cls.UNITS], 1)
+
+    @torch.no_grad()
+    def see(self, name: str, units: Tensor) -> None:
+        """Remember units (B, units) and their squares; name: "true" or "painted"."""
+        self.get_buffer(name).lerp_(torch.stack([units.mean(0), units.square().mean(0)]), 1 - self.memory)
+
+    def spread(self, name: str) -> Tensor:
+        """The variance of each unit."""
+        mean, square = self.get_buffer(name)
+        return (square - mean.square()).clamp_min(1e-4)
+
+    def narrow(self, units: Tensor) -> Tensor:
+        """How near pictures (B, units) keep to what is usual, where they are painted too much alike: (B,).
+
+        Where they differ too much, how far they go.
+        """
+        true, painted = self.spread("true"), self.spread("painted")
+        off = ((units - self.get_buffer("painted")[0]).square() / true).clamp(max=4)
+        return -((true / painted).log().clamp(-1, 1) * off).mean(1)
+
+
 class RewardObjective(Objective):
     """The lessons of :class:`DiffusionObjective`, and beside them the reward of the model's own pictures."""
 
@@ -118,9 +161,9 @@ class RewardObjective(Objective):
         self.teaching, self.settings, self.teacher = teaching, settings, teacher
         self.model = teaching.model
         self.critic = Critic(teaching.lessons.latents.shape[1])
-        self.habits = Habits()
+        self.habits, self.reach = Habits(), Reach()
         self.beholder = beholder_of(teacher)
-        own = {"critic": self.critic, "habits": self.habits, "beholder": self.beholder}
+        own = {"critic": self.critic, "habits": self.habits, "reach": self.reach, "beholder": self.beholder}
         self.module = nn.ModuleDict({**cast(nn.ModuleDict, teaching.module), **own})
         self.recogniser, self.detector = recogniser, detector
         quicken(teaching.model.vae)
@@ -156,6 +199,7 @@ class RewardObjective(Objective):
                 + settings.look * said["untrue"]
                 + settings.sight * said["unreal"]
                 + settings.uneven * said["uneven"]
+                + settings.spread * said["narrow"]
                 + said["critic"]
             )
             losses |= {f"painted_{name}": value.detach() for name, value in said.items()}
@@ -171,8 +215,9 @@ class RewardObjective(Objective):
     def reward(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         """What is said of the pictures that the model paints of a batch, each the smaller the better.
 
-        unlike: the people (1 - cosine); amiss: what the prompts ask for; uneven: what they leave open; untrue, unreal:
-        by the critic of latents and by the other, 0 at places before the last; critic: their own loss.
+        unlike: the people (1 - cosine); amiss: what the prompts ask for; uneven: what they leave open; narrow: how
+        alike they are; untrue, unreal: by the critic of latents and by the other, 0 at places before the last; critic:
+        their own loss.
         """
         settings, teaching = self.settings, self.teaching
         roll = torch.rand(3, generator=generator, device=generator.device).tolist()
@@ -203,7 +248,7 @@ class RewardObjective(Objective):
         who = self.recogniser(crops * 2 - 1).float()
         counts = certain * found * (batch.who != 0).any(1)
         said = {"unlike": (counts * (1 - F.cosine_similarity(who, batch.who))).sum() / counts.sum().clamp_min(1e-6)}
-        said |= dict.fromkeys(("amiss", "untrue", "unreal", "uneven"), torch.zeros(()))
+        said |= dict.fromkeys(("amiss", "untrue", "unreal", "uneven", "narrow"), torch.zeros(()))
         layers = layers_of(self.teacher, picture)
         with torch.no_grad():
             true_layers = (
@@ -219,6 +264,12 @@ class RewardObjective(Objective):
                 for name, latents, seen in (("true", batch.latents, true_layers), ("painted", end, end_layers)):
                     self.habits.see(name, shares(next(self._read(latents, seen))), open_kinds)
             said["uneven"] = self.habits.uneven(shares(read[0]), open_kinds, settings.varied)
+        if self.teacher is not None:
+            with torch.no_grad():
+                for name, seen in (("true", true_layers), ("painted", end_layers)):
+                    self.reach.see(name, self.reach.units(self.teacher.answers(seen[-1])))
+            alike = self.reach.narrow(self.reach.units(self.teacher.answers(layers[-1])))
+            said["narrow"] = (certain * alike).mean()
         hazes = settings.haze * torch.randn((2, *end.shape), generator=generator, device=generator.device)
         said["critic"] = doubts(self.critic(batch.latents + hazes[0]), self.critic(end + hazes[1]))
         if layers:

@@ -172,16 +172,25 @@ _COUNTS = (6.0, 14.0, 20.0, 22.0, 18.0, 12.0, 8.0)  # how often 0, 1, … 6 fact
 # -- captions -------------------------------------------------------------------------------------------------------
 
 
-def caption(scenes: Scenes, generator: torch.Generator, *, subject: str | None = None, free: float = 0.0) -> list[str]:
+def caption(
+    scenes: Scenes,
+    generator: torch.Generator,
+    *,
+    subject: str | None = None,
+    free: float = 0.0,
+    told: Sequence[str | None] | None = None,
+) -> list[str]:
     """One caption per picture, of no to six facts beside the person's age and gender.
 
     ``subject`` replaces the words for the person: "id person" gives "photo of a id person with red hair, smiling",
     in which age and gender, which the identity brings along, go unmentioned. ``free``: share of the pictures (0 to 1)
-    that are told in the many ways in which people type prompts (``wordings``).
+    that are told in the many ways in which people type prompts (``wordings``). ``told``: for each picture a kind of
+    fact that goes into its caption wherever the picture settles it ("hair" for its style and colour), or None.
     """
     facts = _true_values(scenes)
     rolls = torch.rand(len(scenes), Dice.SIDES, generator=generator, device=generator.device).tolist()
-    return [_caption(own, Dice(roll), subject, free) for own, roll in zip(facts, rolls, strict=True)]
+    kinds = told or [None] * len(facts)
+    return [_caption(own, Dice(roll), subject, free, kind) for own, roll, kind in zip(facts, rolls, kinds, strict=True)]
 
 
 def captions_for(
@@ -245,10 +254,12 @@ def _true_values(scenes: Scenes) -> list[dict[str, str]]:
     ]
 
 
-def _caption(facts: Mapping[str, str], dice: Dice, subject: str | None, free: float = 0.0) -> str:
+def _caption(
+    facts: Mapping[str, str], dice: Dice, subject: str | None, free: float = 0.0, certain: str | None = None
+) -> str:
     if free and dice.chance(free):
-        return told_freely(facts, _chosen(facts, dice), dice, subject)
-    told = _chosen(facts, dice)
+        return told_freely(facts, _chosen(facts, dice, certain), dice, subject)
+    told = _chosen(facts, dice, certain)
     having: list[str] = []
     wearing: list[str] = []
     doing: list[str] = []
@@ -277,8 +288,8 @@ def _caption(facts: Mapping[str, str], dice: Dice, subject: str | None, free: fl
     return re.sub(r"\ba (?!id\b)(?=[aeiou])", "an ", whole)
 
 
-def _chosen(facts: Mapping[str, str], dice: Dice) -> list[str]:
-    """The kinds to tell, in random order; "hair" stands for its style and colour."""
+def _chosen(facts: Mapping[str, str], dice: Dice, certain: str | None = None) -> list[str]:
+    """The kinds to tell, in random order, ``certain`` among them; "hair" stands for its style and colour."""
     told = {kind for kind in facts if (kind, facts[kind]) in _HAVING or (kind, facts[kind]) in _DOING}
     told |= {"clothes", "background"}
     told |= {kind for kind in ("glasses", "hat") if facts[kind] != "none"}
@@ -291,6 +302,8 @@ def _chosen(facts: Mapping[str, str], dice: Dice) -> list[str]:
     for _ in range(min(dice.weighted(_COUNTS), len(kinds))):
         worth = [_DULL.get((kind, facts.get(kind, "")), _WORTH.get(kind, 1.0)) for kind in kinds]
         chosen.append(kinds.pop(dice.weighted(worth)))
+    if certain in kinds:
+        chosen.insert(dice.weighted([1.0] * (len(chosen) + 1)), certain)
     return chosen
 
 

@@ -16,6 +16,7 @@ from facegen.face.networks import AttributeJudge, RecogniserNet
 from facegen.training.cache import Cache
 from facegen.training.diffusion import (
     SCHEDULER,
+    SELDOM,
     DiffusionObjective,
     DiffusionSettings,
     Lessons,
@@ -39,6 +40,8 @@ from facegen.training.vae import (
     fold_statistics,
     new_vae,
 )
+from facegen.world.captions import parse_prompt
+from facegen.world.facts import FACTS, accepted, labels
 from facegen.world.render import PARSING
 
 Learner = tuple[DecoderObjective, dict[str, torch.Tensor], torch.optim.Optimizer]
@@ -173,8 +176,8 @@ def test_eyes_weigh_most_and_every_picture_the_same(pictures: Cache) -> None:
     weights = detail_weights(parsing)
     assert weights.shape == (6, 1, *parsing.shape[1:])
     torch.testing.assert_close(weights.mean((1, 2, 3)), torch.ones(6))
-    for row, labels in enumerate(parsing):
-        eyes = torch.isin(labels, torch.tensor([PARSING.index("l_eye"), PARSING.index("r_eye")]).byte())
+    for row, one in enumerate(parsing):
+        eyes = torch.isin(one, torch.tensor([PARSING.index("l_eye"), PARSING.index("r_eye")]).byte())
         assert eyes.any()
         assert (weights[row, 0][eyes] == weights[row].max()).all()
         assert weights[row].min() < 0.2 * weights[row].max()
@@ -248,6 +251,32 @@ def test_adapters_learn_at_the_strength_that_they_are_used_with(objective: Diffu
     batch = next(batch for batch in batches if batch.way == "instantid")
     strengths = [c.scale for c in objective.conditions(batch) if isinstance(c, TokenCondition | ControlCondition)]
     assert strengths == [adapter.strength] * 2
+
+
+def test_what_is_seldom_told_is_shown_and_told_more_often(objective: DiffusionObjective) -> None:
+    scenes = objective.lessons.pictures.scenes(torch.arange(len(objective.lessons.pictures)))
+    shown = {kind: [FACTS[kind][one] if one >= 0 else "" for one in found] for kind, found in labels(scenes).items()}
+    objective.settings = replace(objective.settings, seldom=1.0, free=0.0, batch=8)
+    facts = set()
+    for seed in range(20):
+        batch = objective.batch(0, torch.Generator().manual_seed(seed))
+        rows = [int((objective.lessons.latents == one.half()).flatten(1).all(1).nonzero()[0]) for one in batch.latents]
+        for row, prompt in zip(rows, batch.prompts, strict=True):
+            own = {(kind, shown[kind][row]) for kind, _ in SELDOM} & SELDOM.keys()
+            told = {(kind, value) for kind, value in own if value in accepted_by(prompt, kind)}
+            facts |= own
+            assert own
+            assert told or not prompt
+    assert len(facts) > 3
+    objective.settings = replace(objective.settings, seldom=0.0)
+    rows, told = objective._with_seldom(torch.arange(8), torch.Generator())
+    assert (rows == torch.arange(8)).all()
+    assert not any(told)
+
+
+def accepted_by(prompt: str, kind: str) -> set[str]:
+    """The values of this kind that a prompt names."""
+    return {value for fact in parse_prompt(prompt) if fact.kind == kind for value in accepted(fact)}
 
 
 def test_faces_weigh_more(objective: DiffusionObjective) -> None:

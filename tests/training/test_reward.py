@@ -16,7 +16,7 @@ from facegen.training.loop import Budget, LoopSettings, run, wear_average
 from facegen.training.mini import Workshop, _wear
 from facegen.training.reader import _PLACES, asked, shares
 from facegen.training.reader import SIZES as READER_SIZES
-from facegen.training.reward import Habits, RewardObjective, RewardSettings
+from facegen.training.reward import Habits, Reach, RewardObjective, RewardSettings
 from facegen.world.facts import FACTS
 
 SIZES = DiffusionSettings(
@@ -140,6 +140,36 @@ def test_what_is_painted_too_often_is_held_against_it() -> None:
     before = habits.get_buffer("painted").clone()
     habits.see("painted", true, torch.zeros_like(everything))
     assert torch.equal(before, habits.get_buffer("painted"))
+
+
+def test_pictures_that_are_too_much_alike_are_pushed_apart_and_no_others() -> None:
+    reach = Reach(memory=0.5)
+    generator = torch.Generator().manual_seed(0)
+    true = torch.rand((64, len(Reach.UNITS)), generator=generator)
+    painted = true.clone()
+    painted[:, 0] = 0.5 + 0.2 * (painted[:, 0] - 0.5)
+    painted[:, 1] = 0.5 + 2.0 * (painted[:, 1] - 0.5)
+    for _ in range(20):
+        reach.see("true", true)
+        reach.see("painted", painted)
+    units = painted.clone().requires_grad_()
+    reach.narrow(units).sum().backward()
+    assert units.grad is not None
+    away = units.grad * (painted - reach.get_buffer("painted")[0])
+    assert (away[:, 0] < 0).all()  # a step against the gradient leads away from the mean,
+    assert (away[:, 1] >= 0).all()  # or back to it,
+    assert units.grad[:, 2:].abs().max() < 1e-3  # and nowhere where they differ as they should
+
+
+def test_the_teacher_sees_how_alike_pictures_are(taught: RewardObjective) -> None:
+    some = taught._chosen(_batch(taught, "prompt"))  # type: ignore[arg-type]
+    with torch.no_grad():
+        taught.reach.get_buffer("true")[1] += 1  # as if true pictures differed more
+    said = taught.reward(some, torch.Generator().manual_seed(4))
+    assert said["narrow"] < 0
+    own = [weight for weight in taught.teaching.module.parameters() if weight.requires_grad]
+    found = torch.autograd.grad(said["narrow"], own, allow_unused=True)
+    assert any(g is not None and g.abs().sum() > 0 for g in found)
 
 
 @pytest.mark.parametrize(("which", "opinion"), [("critic", "untrue"), ("beholder", "unreal")])
