@@ -189,6 +189,10 @@ NOUNS: Mapping[str, _Noun] = {
 NEGATIONS = ("no", "not", "without", "never", "lacking", "isn", "doesn", "aren", "non")
 _SHADES: Mapping[str, str] = {"black": "dark", "dark": "dark", "white": "light", "pale": "light", "tan": "medium"}
 _LINKS = ("is", "are", "dyed", "colored", "coloured", "in", "of", "a", "an", "the", "bright", "light", "dark")
+_ENDS = (",", ".", ";", "and", "with", "wearing", "on", "against")  # no noun comes after these
+_DESCRIBED: Mapping[str, frozenset[str]] = {  # what may be said of a noun behind it, where that is more than a colour
+    "hair": frozenset({*HAIR_COLOR_WORDS, *_TEXTURES}) - {"dyed"}, "eyes": frozenset(EYE_COLOR_WORDS),
+}  # fmt: skip
 _BREAKS = (",", ".", ";", ":", "(", ")", "|", "with", "but", "while")
 _WEARING = ("wearing", "wears", "dressed", "wear")
 
@@ -309,8 +313,7 @@ class _Reader:
         return _NOUNS[noun].gathers if noun else ""
 
     def _say_noun(self, noun: _Noun) -> None:
-        color = self._color_behind() if noun.gathers else ""
-        said = [*noun.facts, *_gathered(noun.gathers, [*self.pending, *([color] if color else [])])]
+        said = [*noun.facts, *_gathered(noun.gathers, [*self.pending, *self._behind(noun.gathers)])]
         if noun.gathers == "glasses" and not any(fact.kind == "glasses" for fact in said):
             said.append(Fact("glasses", "glasses"))
         if noun.gathers == "lips" and not said:
@@ -334,18 +337,25 @@ class _Reader:
         if following != "and":
             self.wearing = False
 
-    def _color_behind(self) -> str:
-        """A colour that follows its noun: "hair dyed blue", "background in red"; not one that has its own noun."""
+    def _behind(self, about: str) -> list[str]:
+        """What follows its noun: "hair dyed blue", "hair is long and wavy"; nothing that has a noun of its own."""
+        known = _DESCRIBED.get(about, COLOR_WORDS)
         place = self.at
-        while place < len(self.words) and self.words[place] in _LINKS:
+        while place < len(self.words) and self.words[place] in _LINKS and self.words[place] not in known:
             place += 1
-        if place == self.at or place >= len(self.words) or self.words[place] not in COLOR_WORDS:
-            return ""
-        behind = self.words[place + 1] if place + 1 < len(self.words) else ","
-        if behind not in (",", ".", ";", "and", "with", "wearing", "on", "against"):
-            return ""
-        color, self.at = self.words[place], place + 1
-        return color
+        if place == self.at or not about:
+            return []
+        found: list[str] = []
+        sure, end = 0, self.at
+        while place < len(self.words) and self.words[place] in known:
+            found.append(self.words[place])
+            place += 1
+            after = self.words[place] if place < len(self.words) else ","
+            if after in _ENDS:
+                sure, end = len(found), place
+            place += after == "and"
+        self.at = end
+        return found[:sure]
 
     def _break(self, word: str) -> None:
         # "long, red hair" goes on; "wearing red, smiling" does not.

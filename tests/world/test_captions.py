@@ -90,8 +90,8 @@ def test_what_is_to_be_told_is_told_wherever_it_can_be_seen(
     settled = [bool(named & {fact.kind for fact in describe(scenes, row)}) for row in range(len(scenes))]
     found = telling([kind] * len(scenes))
     assert all(can for tells, can in zip(found, settled, strict=True) if tells)
-    # Of free wordings some cannot be read back: "brown eyed".
-    assert sum(found) >= (0.85 if free else 1.0) * sum(settled)
+    # One of the free wordings is not understood: "her hair is side and parted".
+    assert sum(found) >= sum(settled) - bool(free)
     assert sum(telling(None)) < 0.8 * sum(settled)
     # Only those that are asked for it, and every caption is still true of its picture.
     texts = caption(scenes, torch.Generator().manual_seed(1), free=free, told=[None, kind] * (len(scenes) // 2))
@@ -146,6 +146,12 @@ def test_every_fact_of_every_kind_is_told_sometimes() -> None:
         ("no glasses, hat", {"glasses": "none", "hat": "hat"}),
         ("clean-shaven", {"beard": "no", "goatee": "no", "moustache": "no", "stubble": "no"}),
         ("hair dyed blue", {"hair_color": "blue"}),
+        ("her hair is wavy and brown", {"hair_style": "long wavy", "hair_color": "brown"}),
+        ("his hair is dark and short. his eyes are hazel", {
+            "hair_style": "any short", "hair_color": "dark", "eye_color": "hazel",
+        }),
+        ("eyes are light blue", {"eye_color": "blue"}),
+        ("hair is red and green eyes", {"hair_color": "red", "eye_color": "green"}),
         ("blue eyes, brown hair", {"eye_color": "blue", "hair_color": "brown"}),
         ("black hoodie, striped green background",
          {"clothes": "hoodie", "clothes_color": "black", "background": "stripes", "background_color": "green"}),
