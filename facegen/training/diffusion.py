@@ -95,6 +95,7 @@ class DiffusionSettings:
     likeness: float = 0.4  # weights of what the reader of latents says about the clean estimate: who …
     obedience: float = 0.3  # … and what it shows
     face: float = 4.0  # how much more an error inside the face weighs than one beside it
+    small: float = 6.0  # and how much more still where there are eyes or earrings
     even: float = 0.25  # share of noise levels drawn evenly; the others are drawn around the middle
     seed: int = 7
 
@@ -269,7 +270,7 @@ class DiffusionObjective(DenoisingObjective):
             control,
             who,
             asked(prompts),
-            face_weights(lessons, rows, self.settings.face),
+            face_weights(lessons, rows, settings.face, settings.small),
         )
 
     def _control(self, lessons: Lessons, rows: Tensor, kept: Tensor) -> Tensor:

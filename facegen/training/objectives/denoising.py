@@ -26,6 +26,7 @@ _FACE = torch.tensor([
     PARSING.index(name)
     for name in ("skin", "l_brow", "r_brow", "l_eye", "r_eye", "eye_g", "nose", "mouth", "u_lip", "l_lip", "beard")
 ])  # fmt: skip
+_SMALL = torch.tensor([PARSING.index(name) for name in ("l_eye", "r_eye", "ear_r")])
 # Blocks of a UNet or of its copy: neither what leads in and out nor embeddings.
 _INSIDE = re.compile(r"(^unet|controlnet)\.(down_blocks|mid_block|up_blocks)\.")
 
@@ -82,14 +83,15 @@ def noise_levels(count: int, generator: torch.Generator, even: float = 0.25) -> 
     return (torch.where(level[0] < even, level[1], shape) * 1000).long().clamp(max=999)
 
 
-def face_weights(lessons: Lessons, rows: Tensor, face: float = 4.0) -> Tensor:
+def face_weights(lessons: Lessons, rows: Tensor, face: float = 4.0, small: float = 0.0) -> Tensor:
     """(B, h, w), 1 on average: a face is a small part of a picture, and the part that matters.
 
-    face: how much more an error inside the face weighs than one beside it.
+    face: how much more an error inside the face weighs than one beside it; small: how much more still where there are
+    eyes or earrings, which lie in one or two places of the latents each.
     """
-    inside = torch.isin(lessons.pictures.field("parsing", rows), _FACE).float()
-    height, width = lessons.latents.shape[-2:]
-    weights = 1 + face * F.adaptive_avg_pool2d(inside, (height, width))
+    parsing, shape = lessons.pictures.field("parsing", rows), lessons.latents.shape[-2:]
+    weights = 1 + face * F.adaptive_avg_pool2d(torch.isin(parsing, _FACE).float(), shape)
+    weights = weights + small * F.adaptive_max_pool2d(torch.isin(parsing, _SMALL).float(), shape)
     return weights / weights.mean((1, 2), keepdim=True)
 
 
