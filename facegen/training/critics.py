@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from facegen.face.networks import AttributeJudge
+from facegen.models.norms import quicken
 from facegen.training.loop import Objective
 
 if TYPE_CHECKING:
@@ -89,6 +90,7 @@ class BeholderObjective(Objective):
         self.kept = max(1, len(painted) // 10)
         self.beholder = beholder_of(teacher)
         self.module = nn.ModuleDict({"beholder": self.beholder})
+        quicken(model.vae)
 
     def helpers(self) -> Sequence[nn.Module]:
         return [self.teacher]
