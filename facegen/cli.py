@@ -176,7 +176,7 @@ class HelloRequest(Request):
 
     faces: tuple[Any, ...] = photos("Photos of one person, or example:1 to example:999.", positional=True)
     adapter: str = text("ip_adapter_faceid", "How the person is brought in: arc2face, instantid or ip_adapter_faceid.")
-    num_inference_steps: int = integer(20, "How many denoising steps.", low=1, high=1000, alias="steps")
+    num_inference_steps: int = integer(12, "How many denoising steps.", low=1, high=1000, alias="steps")
     guidance_scale: float = number(2.5, "How closely to follow the prompts.", low=0, high=50, alias="guidance")
     seed: int = integer(1, "Where the noise starts.", low=0, high=2**53)
     count: int = integer(12, "How many portraits.", low=1, high=12)

@@ -46,14 +46,14 @@ STEPS: Mapping[str, int] = {
     "vae": 12000,
     "decoder": 4000,
     "autoencoder": 12000,
-    "teacher": 3000,
+    "teacher": 4400,
     "reader": 6600,
     "words": 1600,
-    "diffusion": 28000,
+    "diffusion": 29600,
     "critic": 1400,
-    "reward": 4800,
-    "instantid": 4000,
-    "instantid reward": 1000,
+    "reward": 5800,
+    "instantid": 4700,
+    "instantid reward": 1200,
 }
 
 PAINTED = 1600  # pictures of the model's own that critics and the decoder learn from

@@ -55,17 +55,17 @@ class RewardSettings:
 
     lessons: int = 16
     painted: int = 8
-    nobody: int = 2
+    nobody: int = 3
     walks: tuple[int, ...] = (4, 5, 6)
     guidance: float = 3.0
-    likeness: float = 2.0
-    obedience: float = 0.8
+    likeness: float = 1.6
+    obedience: float = 1.2
     look: float = 0.04
     sight: float = 1.0
     uneven: float = 2.0
     varied: tuple[str, ...] = ("looking", "tilt", "expression", "eyes", "mouth")
-    spread: float = 0.5
-    last: float = 0.85
+    spread: float = 0.8
+    last: float = 0.7
     haze: float = 0.1
     share: float = 0.5
 
