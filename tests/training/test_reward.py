@@ -31,7 +31,9 @@ def objective(tiny_teaching: Callable[[DiffusionSettings], DiffusionObjective]) 
     recogniser = RecogniserNet(widths=(8, 8, 16)).eval().requires_grad_(False)
     detector = DetectorNet(widths=(4, 4, 8, 8, 8), neck=8).eval().requires_grad_(False)
     torch.nn.init.constant_(detector.score.bias, 4.0)  # untrained it sees no faces; now it sees them anywhere
-    return RewardObjective(teaching, recogniser, detector, RewardSettings(painted=3, nobody=2, walks=(2,), guidance=2.0))
+    return RewardObjective(
+        teaching, recogniser, detector, RewardSettings(painted=3, nobody=2, walks=(2,), guidance=2.0)
+    )
 
 
 def _batch(objective: RewardObjective, way: str) -> object:
