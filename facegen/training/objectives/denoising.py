@@ -89,9 +89,10 @@ def face_weights(lessons: Lessons, rows: Tensor, face: float = 4.0, small: float
     face: how much more an error inside the face weighs than one beside it; small: how much more still where there are
     eyes or earrings, which lie in one or two places of the latents each.
     """
-    parsing, shape = lessons.pictures.field("parsing", rows), lessons.latents.shape[-2:]
-    weights = 1 + face * F.adaptive_avg_pool2d(torch.isin(parsing, _FACE).float(), shape)
-    weights = weights + small * F.adaptive_max_pool2d(torch.isin(parsing, _SMALL).float(), shape)
+    parsing = lessons.pictures.field("parsing", rows)
+    height, width = lessons.latents.shape[-2:]
+    weights = 1 + face * F.adaptive_avg_pool2d(torch.isin(parsing, _FACE).float(), (height, width))
+    weights = weights + small * F.adaptive_max_pool2d(torch.isin(parsing, _SMALL).float(), (height, width))
     return weights / weights.mean((1, 2), keepdim=True)
 
 
