@@ -236,8 +236,7 @@ class AttributeJudge(nn.Module):
 
     def facts_of(self, seen: Tensor) -> dict[str, Tensor]:
         """The same, by what its last layer sees."""
-        answers = self.answers(seen)
-        return {kind: answers[kind if kind in CATEGORIES else f"fact.{kind}"] for kind in FACTS}
+        return facts_among(self.answers(seen))
 
     def seen(self, pictures: Tensor) -> list[Tensor]:
         """What each layer makes of them, (B, C, h, w)."""
@@ -246,6 +245,11 @@ class AttributeJudge(nn.Module):
             x = layer(x)
             layers.append(x)
         return layers
+
+
+def facts_among(answers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of what an :class:`AttributeJudge` answers, the logits (B, values) of every kind of fact, in their order."""
+    return {kind: answers[kind if kind in CATEGORIES else f"fact.{kind}"] for kind in FACTS}
 
 
 class ParsingNet(nn.Module):

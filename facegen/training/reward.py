@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from facegen.face.networks import AMOUNTS, AttributeJudge, DetectorNet, RecogniserNet
+from facegen.face.networks import AMOUNTS, AttributeJudge, DetectorNet, RecogniserNet, facts_among
 from facegen.face.warp import aligned_crops
 from facegen.models.norms import quicken
 from facegen.training.critics import Critic, beholder_of, doubts, layers_of, unmoved
@@ -250,26 +250,26 @@ class RewardObjective(Objective):
         said = {"unlike": (counts * (1 - F.cosine_similarity(who, batch.who))).sum() / counts.sum().clamp_min(1e-6)}
         said |= dict.fromkeys(("amiss", "untrue", "unreal", "uneven", "narrow"), torch.zeros(()))
         layers = layers_of(self.teacher, picture)
+        answers = self._answers(layers)
         with torch.no_grad():
             true_layers = (
                 layers_of(self.teacher, teaching.model.decode(batch.latents)) if self.teacher is not None else []
             )
             end_layers = layers_of(self.teacher, painted)
-        read = list(self._read(clean, layers))
+        read = list(self._read(clean, answers))
         if read:
             told = [disobedience(one, batch.wanted) for one in read]
             said["amiss"] = (certain * torch.stack(told).mean(0)).mean()
             open_kinds = unnamed(batch.wanted)
             with torch.no_grad():
                 for name, latents, seen in (("true", batch.latents, true_layers), ("painted", end, end_layers)):
-                    self.habits.see(name, shares(next(self._read(latents, seen))), open_kinds)
+                    shown = self._answers(seen)
+                    self.habits.see(name, shares(next(self._read(latents, shown))), open_kinds)
+                    if shown:
+                        self.reach.see(name, self.reach.units(shown))
             said["uneven"] = self.habits.uneven(shares(read[0]), open_kinds, settings.varied)
-        if self.teacher is not None:
-            with torch.no_grad():
-                for name, seen in (("true", true_layers), ("painted", end_layers)):
-                    self.reach.see(name, self.reach.units(self.teacher.answers(seen[-1])))
-            alike = self.reach.narrow(self.reach.units(self.teacher.answers(layers[-1])))
-            said["narrow"] = (certain * alike).mean()
+        if answers:
+            said["narrow"] = (certain * self.reach.narrow(self.reach.units(answers))).mean()
         hazes = settings.haze * torch.randn((2, *end.shape), generator=generator, device=generator.device)
         said["critic"] = doubts(self.critic(batch.latents + hazes[0]), self.critic(end + hazes[1]))
         if layers:
@@ -280,13 +280,18 @@ class RewardObjective(Objective):
                 said["unreal"] = -unmoved(self.beholder, layers).mean()
         return said
 
-    def _read(self, latents: Tensor, layers: Sequence[Tensor]) -> Iterator[Tensor]:
+    def _answers(self, layers: Sequence[Tensor]) -> Mapping[str, Tensor]:
+        """What the teacher says by what its layers see; nothing without a teacher."""
+        return {} if self.teacher is None else self.teacher.answers(layers[-1])
+
+    def _read(self, latents: Tensor, answers: Mapping[str, Tensor]) -> Iterator[Tensor]:
         """What a picture shows, logits (B, values of all kinds), by each net that reads here, one after the other.
 
-        The teacher of attributes comes first, for it reads pictures better than the other does latents.
+        The teacher of attributes, whose answers these are, comes first, for it reads pictures better than the other
+        does latents.
         """
-        if self.teacher is not None:
-            yield torch.cat(list(self.teacher.facts_of(layers[-1]).values()), 1)
+        if answers:
+            yield torch.cat(list(facts_among(answers).values()), 1)
         if self.teaching.reader is not None:
             yield self.teaching.reader(latents.contiguous(memory_format=torch.channels_last))[1]
 

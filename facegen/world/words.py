@@ -353,7 +353,8 @@ class _Reader:
             after = self.words[place] if place < len(self.words) else ","
             if after in _ENDS:
                 sure, end = len(found), place
-            place += after == "and"
+            if after == "and":
+                place += 1
         self.at = end
         return found[:sure]
 
