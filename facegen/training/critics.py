@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from facegen.face.networks import AttributeJudge
+from facegen.face.networks import AttributeJudge, DetectorNet, RecogniserNet
+from facegen.face.warp import aligned_crops
 from facegen.models.norms import quicken
 from facegen.training.loop import Objective
 
@@ -42,7 +44,8 @@ class Beholder(nn.Module):
     """A critic that sees pictures as a frozen net does: layers (B, C, h, w) to an opinion of each part of each layer.
 
     What it sees knows hair from ground already, so that small heads learn to judge within few steps. They look at each
-    place and around it: after 300 steps they order 94 % of pairs right, by the place alone 79 %.
+    place and around it: after 300 steps they order 94 % of pairs right, by the place alone 79 %. Half of what it looks
+    at are faces, by the layers of the recogniser: in a whole picture an eye is too small to matter.
     """
 
     def __init__(self, channels: Sequence[int], width: int = 64) -> None:
@@ -58,14 +61,17 @@ class Beholder(nn.Module):
 
     def forward(self, layers: Sequence[Tensor]) -> Tensor:
         """(B, parts of all layers), above 0 true, below painted; every layer counts the same in its mean."""
-        said = [head(layer).flatten(1).float() for head, layer in zip(self.heads, layers, strict=True)]
-        most = max(one.shape[1] for one in said)
-        return torch.cat([one.repeat_interleave(most // one.shape[1], 1) for one in said], 1)
+        said = [head(layer).flatten(2).float() for head, layer in zip(self.heads, layers, strict=True)]
+        most = max(one.shape[2] for one in said)
+        return torch.cat([F.interpolate(one, size=most)[:, 0] for one in said], 1)
 
 
-def beholder_of(net: AttributeJudge | None) -> Beholder:
-    """One that sees through this net; of no heads without any."""
-    return Beholder([layer.shape[1] for layer in layers_of(net, torch.zeros(1, 3, 128, 128))])
+def beholder_of(net: AttributeJudge | None, recogniser: RecogniserNet | None = None) -> Beholder:
+    """One that sees through this net, and faces through the recogniser, if given; of no heads without any net."""
+    layers = layers_of(net, torch.zeros(1, 3, 128, 128))
+    if recogniser is not None:
+        layers = with_faces(layers, recogniser, torch.zeros(1, 3, 128, 128), torch.zeros(1, 5, 2))
+    return Beholder([layer.shape[1] for layer in layers])
 
 
 def layers_of(net: AttributeJudge | None, pictures: Tensor) -> list[Tensor]:
@@ -73,6 +79,15 @@ def layers_of(net: AttributeJudge | None, pictures: Tensor) -> list[Tensor]:
     from facegen.evaluation.judges import resized
 
     return [] if net is None else net.seen(resized(pictures) * 2 - 1)
+
+
+def with_faces(layers: Sequence[Tensor], recogniser: RecogniserNet, pictures: Tensor, points: Tensor) -> list[Tensor]:
+    """A net's layers of pictures (B, 3, H, W) in [0, 1], and what the recogniser's see of the faces at their points
+    (B, 5, 2), without its embedding; none where there are none."""
+    if not layers:
+        return []
+    crops = aligned_crops(pictures, points, recogniser.config["size"])
+    return [*layers, *recogniser.seen(crops * 2 - 1)[:-1]]
 
 
 class BeholderObjective(Objective):
@@ -84,16 +99,26 @@ class BeholderObjective(Objective):
     name = "critic"
     model: Model
 
-    def __init__(self, model: Model, teacher: AttributeJudge, true: Tensor, painted: Tensor, batch: int = 8) -> None:
+    def __init__(
+        self,
+        model: Model,
+        teacher: AttributeJudge,
+        recogniser: RecogniserNet,
+        detector: DetectorNet,
+        true: Tensor,
+        painted: Tensor,
+        batch: int = 8,
+    ) -> None:
         """true, painted: latents (N, C, h, w) each; every tenth of the painted is kept for the figures."""
         self.model, self.teacher, self.true, self.painted, self.size = model, teacher, true, painted, batch
+        self.recogniser, self.detector = recogniser, detector
         self.kept = max(1, len(painted) // 10)
-        self.beholder = beholder_of(teacher)
+        self.beholder = beholder_of(teacher, recogniser)
         self.module = nn.ModuleDict({"beholder": self.beholder})
         quicken(model.vae)
 
     def helpers(self) -> Sequence[nn.Module]:
-        return [self.teacher]
+        return [self.teacher, self.recogniser, self.detector]
 
     def batch(self, step: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """True and painted latents (B, C, h, w)."""
@@ -108,7 +133,11 @@ class BeholderObjective(Objective):
 
     @torch.no_grad()
     def _layers(self, latents: Tensor) -> list[Tensor]:
-        return layers_of(self.teacher, self.model.decode(latents))
+        from facegen.evaluation.judges import strongest
+
+        pictures = self.model.decode(latents)
+        points = strongest(self.detector, pictures)[0]
+        return with_faces(layers_of(self.teacher, pictures), self.recogniser, pictures, points)
 
     @torch.no_grad()
     def figures(self) -> dict[str, float]:

@@ -25,7 +25,7 @@ from facegen.world.sampling import HELD_OUT_FROM
 
 if TYPE_CHECKING:
     from facegen.adapters.arc2face import Arc2Face
-    from facegen.face.networks import AttributeJudge, RecogniserNet
+    from facegen.face.networks import AttributeJudge, DetectorNet, RecogniserNet
     from facegen.models.base import Model
     from facegen.models.sd15 import SD15Model
     from facegen.training.diffusion import DiffusionObjective, Lessons
@@ -46,12 +46,12 @@ STEPS: Mapping[str, int] = {
     "vae": 12000,
     "decoder": 4000,
     "autoencoder": 12000,
-    "teacher": 4400,
+    "teacher": 6800,
     "reader": 6600,
     "words": 1600,
     "diffusion": 29600,
-    "critic": 1400,
-    "reward": 5800,
+    "critic": 600,
+    "reward": 7300,
     "instantid": 4700,
     "instantid reward": 1200,
 }
@@ -175,6 +175,12 @@ def _recogniser(shop: Workshop) -> RecogniserNet:
     from facegen.evaluation.judges import load_network
 
     return cast("RecogniserNet", load_network(shop.output / "pack" / "rec"))
+
+
+def _detector(shop: Workshop) -> DetectorNet:
+    from facegen.evaluation.judges import load_network
+
+    return cast("DetectorNet", load_network(shop.output / "pack" / "det"))
 
 
 def finished_vae(shop: Workshop, samples: int = 512) -> Any:
@@ -345,7 +351,9 @@ def train_critic(shop: Workshop) -> None:
     _wear(objective, shop, "diffusion", rewarded=False)
     painted, teacher = _painted(objective, shop), finished_teacher(shop)
     torch.manual_seed(CRITIC_SETTINGS.seed)
-    critic = BeholderObjective(objective.model, teacher, objective.lessons.latents, painted)
+    critic = BeholderObjective(
+        objective.model, teacher, _recogniser(shop), _detector(shop), objective.lessons.latents, painted
+    )
     measured = run(critic, shop.work / "critic", Budget(shop.steps("critic")), CRITIC_SETTINGS)
     record("critic", measured, shop.output / "mini.json")
 
@@ -369,14 +377,11 @@ REWARDS = {"diffusion": "reward", "instantid": "instantid reward"}  # which foll
 
 
 def _rewarded(objective: DiffusionObjective, shop: Workshop, stage: str) -> None:
-    from facegen.evaluation.judges import load_network
-    from facegen.face.networks import DetectorNet
     from facegen.training.reward import RewardObjective, RewardSettings
 
-    detector = cast("DetectorNet", load_network(shop.output / "pack" / "det"))
     settings = RewardSettings()
     objective.settings = replace(objective.settings, batch=settings.lessons)
-    reward = RewardObjective(objective, _recogniser(shop), detector, settings, finished_teacher(shop))
+    reward = RewardObjective(objective, _recogniser(shop), _detector(shop), settings, finished_teacher(shop))
     wear_average(reward.module, shop.work / "critic", only="beholder.")
     before, name = _copied(objective), REWARDS[stage]
     measured = run(reward, shop.work / name, Budget(shop.steps(name)), REWARD_SETTINGS)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from facegen.face.networks import AMOUNTS, AttributeJudge, DetectorNet, RecogniserNet, facts_among
 from facegen.face.warp import aligned_crops
 from facegen.models.norms import quicken
-from facegen.training.critics import Critic, beholder_of, doubts, layers_of, unmoved
+from facegen.training.critics import Critic, beholder_of, doubts, layers_of, unmoved, with_faces
 from facegen.training.loop import Objective
 from facegen.training.reader import SIZES, disobedience, shares, unnamed
 from facegen.training.walks import LEVELS, guided, plain, rows_of, unasked, walk
@@ -44,11 +44,12 @@ class RewardSettings:
     walks: how many steps a walk may have; guidance: theirs.
     likeness, obedience: weights of how unlike the person the recogniser finds the estimate, and of how far from the
     prompt the reader of latents and the teacher of attributes find it; look: of how untrue the critic of latents finds
-    what comes of it; sight: of how untrue the critic finds it that looks through the teacher.
+    what comes of it; sight: of how untrue the critic finds it that looks through teacher and recogniser.
     uneven: weight of how much more often than true pictures the painted ones show something that nobody asked for, of
     the ``varied`` kinds of facts.
     spread: weight of how much less moods and heads differ than in true pictures, unit by unit.
     last: share of the rewards that are given at the walk's last place, where the estimate is the finished picture.
+    judged: from which part of the walk on, 1 being its last place, the critics are asked.
     haze: noise that the critic looks through, so that it sees no more than eyes would.
     share: how far the finished weights go from those before towards the rewarded ones.
     """
@@ -56,16 +57,17 @@ class RewardSettings:
     lessons: int = 16
     painted: int = 8
     nobody: int = 3
-    walks: tuple[int, ...] = (4, 5, 6)
+    walks: tuple[int, ...] = (5, 6, 8)
     guidance: float = 3.0
-    likeness: float = 1.6
-    obedience: float = 1.2
+    likeness: float = 1.4
+    obedience: float = 1.6
     look: float = 0.04
-    sight: float = 1.0
+    sight: float = 1.5
     uneven: float = 2.0
     varied: tuple[str, ...] = ("looking", "tilt", "expression", "eyes", "mouth")
-    spread: float = 0.8
+    spread: float = 2.0
     last: float = 0.7
+    judged: float = 0.5
     haze: float = 0.1
     share: float = 0.5
 
@@ -162,7 +164,7 @@ class RewardObjective(Objective):
         self.model = teaching.model
         self.critic = Critic(teaching.lessons.latents.shape[1])
         self.habits, self.reach = Habits(), Reach()
-        self.beholder = beholder_of(teacher)
+        self.beholder = beholder_of(teacher, recogniser)
         own = {"critic": self.critic, "habits": self.habits, "reach": self.reach, "beholder": self.beholder}
         self.module = nn.ModuleDict({**cast(nn.ModuleDict, teaching.module), **own})
         self.recogniser, self.detector = recogniser, detector
@@ -252,10 +254,8 @@ class RewardObjective(Objective):
         layers = layers_of(self.teacher, picture)
         answers = self._answers(layers)
         with torch.no_grad():
-            true_layers = (
-                layers_of(self.teacher, teaching.model.decode(batch.latents)) if self.teacher is not None else []
-            )
-            end_layers = layers_of(self.teacher, painted)
+            true = teaching.model.decode(batch.latents) if self.teacher is not None else painted
+            true_layers, end_layers = (layers_of(self.teacher, one) for one in (true, painted))
         read = list(self._read(clean, answers))
         if read:
             told = [disobedience(one, batch.wanted) for one in read]
@@ -273,10 +273,14 @@ class RewardObjective(Objective):
         hazes = settings.haze * torch.randn((2, *end.shape), generator=generator, device=generator.device)
         said["critic"] = doubts(self.critic(batch.latents + hazes[0]), self.critic(end + hazes[1]))
         if layers:
+            with torch.no_grad():
+                true_layers = with_faces(true_layers, self.recogniser, true, self.points(true)[0])
+                end_layers = with_faces(end_layers, self.recogniser, painted, points)
             said["critic"] = said["critic"] + doubts(self.beholder(true_layers), self.beholder(end_layers))
-        if chosen == count - 1:
+        if chosen >= settings.judged * (count - 1):
             said["untrue"] = -unmoved(self.critic, clean + hazes[1]).mean()
             if layers:
+                layers = with_faces(layers, self.recogniser, picture, points)
                 said["unreal"] = -unmoved(self.beholder, layers).mean()
         return said
 

@@ -103,12 +103,16 @@ def teacher() -> AttributeJudge:
     return AttributeJudge(widths=(8, 8, 16, 16), hidden=16).eval().requires_grad_(False)
 
 
+def detector() -> DetectorNet:
+    net = DetectorNet(widths=(4, 4, 8, 8, 8), neck=8).eval().requires_grad_(False)
+    torch.nn.init.constant_(net.score.bias, 4.0)  # untrained it sees no faces; now it sees them anywhere
+    return net
+
+
 def rewarded(bench: Bench) -> RewardObjective:
     seeing = RecogniserNet(widths=(8, 8, 16)).eval().requires_grad_(False)
-    detector = DetectorNet(widths=(4, 4, 8, 8, 8), neck=8).eval().requires_grad_(False)
-    torch.nn.init.constant_(detector.score.bias, 4.0)  # untrained it sees no faces; now it sees them anywhere
     settings = RewardSettings(painted=3, walks=(2,), guidance=2.0, last=1.0)
-    return RewardObjective(bench.way("ip_adapter_faceid"), seeing, detector, settings, teacher())
+    return RewardObjective(bench.way("ip_adapter_faceid"), seeing, detector(), settings, teacher())
 
 
 OBJECTIVES: Mapping[str, Callable[[Bench], Objective]] = {
@@ -134,7 +138,13 @@ OBJECTIVES: Mapping[str, Callable[[Bench], Objective]] = {
     "instantid": lambda bench: bench.taught(ways={"instantid": 1.0}, base=False),
     "reward": rewarded,
     "critic": lambda bench: BeholderObjective(
-        (base := bench.taught()).model, teacher(), base.lessons.latents, base.lessons.latents + 1, batch=3
+        (base := bench.taught()).model,
+        teacher(),
+        recogniser(),
+        detector(),
+        base.lessons.latents,
+        base.lessons.latents + 1,
+        batch=3,
     ),
     "distil": lambda bench: DistilObjective(
         bench.taught(base=False), DistilSettings(rank=4, batch=6, walks=(2, 3), ways=SIZES.ways)

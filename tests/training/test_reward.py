@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from facegen.face.networks import AttributeJudge, DetectorNet, RecogniserNet
-from facegen.training.critics import BeholderObjective
+from facegen.training.critics import BeholderObjective, layers_of, with_faces
 from facegen.training.diffusion import DiffusionObjective, DiffusionSettings
 from facegen.training.loop import Budget, LoopSettings, run, wear_average
 from facegen.training.mini import Workshop, _wear
@@ -200,7 +200,9 @@ def test_a_critic_learns_to_tell_painted_from_true_before_it_is_asked(taught: Re
     generator = torch.Generator().manual_seed(3)
     true = torch.randn(24, 4, 16, 16, generator=generator)
     painted = true + 2
-    critic = BeholderObjective(taught.teaching.model, taught.teacher, true, painted.half(), batch=6)
+    critic = BeholderObjective(
+        taught.teaching.model, taught.teacher, taught.recogniser, taught.detector, true, painted.half(), batch=6
+    )
     first = critic.loss(critic.batch(0, generator), 0, generator)["loss"].item()
     measured = run(critic, tmp_path, Budget(steps=25), LoopSettings(learning_rate=3e-3, warmup=2, average=0.5))
     assert measured["train_loss"] < first
@@ -208,6 +210,38 @@ def test_a_critic_learns_to_tell_painted_from_true_before_it_is_asked(taught: Re
     # What it knows is where the reward begins.
     wear_average(taught.module, tmp_path, only="beholder.")
     assert torch.equal(taught.beholder.heads[0][0].weight, critic.beholder.heads[0][0].weight)  # type: ignore[index]
+
+
+def test_the_critics_are_asked_from_a_part_of_the_walk_on(taught: RewardObjective) -> None:
+    some = taught._chosen(_batch(taught, "prompt"))  # type: ignore[arg-type]
+    heard = {}
+    for judged in (1.0, 0.3):
+        # Of four places the second or third is chosen.
+        taught.settings = replace(taught.settings, walks=(4,), last=0.0, judged=judged)
+        said = taught.reward(some, torch.Generator().manual_seed(4))
+        heard[judged] = (bool(said["untrue"]), bool(said["unreal"]))
+    assert heard == {1.0: (False, False), 0.3: (True, True)}
+
+
+def test_half_of_what_the_critic_sees_are_faces(taught: RewardObjective) -> None:
+    assert taught.teacher is not None
+    pictures = torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(1))
+    points = torch.tensor([[[50.0, 50.0], [78.0, 50.0], [64.0, 66.0], [52.0, 84.0], [76.0, 84.0]]])
+    layers = layers_of(taught.teacher, pictures)
+    seen = with_faces(layers, taught.recogniser, pictures, points)
+    assert len(seen) == len(layers) + len(taught.recogniser.body)
+    assert len(taught.beholder.heads) == len(seen)
+    beside, inside = pictures.clone(), pictures.clone()
+    beside[..., :6, :6] = 0
+    inside[..., 60:66, 60:66] = 0
+    for changed, moves in ((beside, False), (inside, True)):
+        now = with_faces(layers, taught.recogniser, changed, points)[len(layers) :]
+        before = seen[len(layers) :]
+        assert any(not torch.equal(one, other) for one, other in zip(now, before, strict=True)) == moves
+    assert with_faces([], taught.recogniser, pictures, points) == []
+    # Every layer has the same part in the opinion, however many places it has.
+    said = taught.beholder(seen)
+    assert said.shape[1] % len(seen) == 0
 
 
 def test_without_anything_asked_for_there_is_the_lesson_alone(objective: RewardObjective) -> None:
