@@ -70,7 +70,7 @@ def beholder_of(net: AttributeJudge | None, recogniser: RecogniserNet | None = N
     """One that sees through this net, and faces through the recogniser, if given; of no heads without any net."""
     layers = layers_of(net, torch.zeros(1, 3, 128, 128))
     if recogniser is not None:
-        layers = with_faces(layers, recogniser, torch.zeros(1, 3, 128, 128), torch.zeros(1, 5, 2))
+        layers = with_faces(layers, faces_seen(recogniser, torch.zeros(1, 3, 128, 128), torch.zeros(1, 5, 2)))
     return Beholder([layer.shape[1] for layer in layers])
 
 
@@ -81,13 +81,15 @@ def layers_of(net: AttributeJudge | None, pictures: Tensor) -> list[Tensor]:
     return [] if net is None else net.seen(resized(pictures) * 2 - 1)
 
 
-def with_faces(layers: Sequence[Tensor], recogniser: RecogniserNet, pictures: Tensor, points: Tensor) -> list[Tensor]:
-    """A net's layers of pictures (B, 3, H, W) in [0, 1], and what the recogniser's see of the faces at their points
-    (B, 5, 2), without its embedding; none where there are none."""
-    if not layers:
-        return []
-    crops = aligned_crops(pictures, points, recogniser.config["size"])
-    return [*layers, *recogniser.seen(crops * 2 - 1)[:-1]]
+def faces_seen(recogniser: RecogniserNet, pictures: Tensor, points: Tensor) -> list[Tensor]:
+    """What the recogniser's layers see of the faces at points (B, 5, 2) of pictures (B, 3, H, W) in [0, 1]; its
+    embedding comes last, (B, D, 1, 1)."""
+    return recogniser.seen(aligned_crops(pictures, points, recogniser.config["size"]) * 2 - 1)
+
+
+def with_faces(layers: Sequence[Tensor], faces: Sequence[Tensor]) -> list[Tensor]:
+    """A net's layers of pictures and the recogniser's of their faces, without who it is; none without a net."""
+    return [*layers, *faces[:-1]] if layers else []
 
 
 class BeholderObjective(Objective):
@@ -136,8 +138,8 @@ class BeholderObjective(Objective):
         from facegen.evaluation.judges import strongest
 
         pictures = self.model.decode(latents)
-        points = strongest(self.detector, pictures)[0]
-        return with_faces(layers_of(self.teacher, pictures), self.recogniser, pictures, points)
+        faces = faces_seen(self.recogniser, pictures, strongest(self.detector, pictures)[0])
+        return with_faces(layers_of(self.teacher, pictures), faces)
 
     @torch.no_grad()
     def figures(self) -> dict[str, float]:

@@ -23,9 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from facegen.face.networks import AMOUNTS, AttributeJudge, DetectorNet, RecogniserNet, facts_among
-from facegen.face.warp import aligned_crops
 from facegen.models.norms import quicken
-from facegen.training.critics import Critic, beholder_of, doubts, layers_of, unmoved, with_faces
+from facegen.training.critics import Critic, beholder_of, doubts, faces_seen, layers_of, unmoved, with_faces
 from facegen.training.loop import Objective
 from facegen.training.reader import SIZES, disobedience, shares, unnamed
 from facegen.training.walks import LEVELS, guided, plain, rows_of, unasked, walk
@@ -246,8 +245,8 @@ class RewardObjective(Objective):
         velocity = guided(with_all, lambda noisy, steps: lows[chosen], settings.guidance)(place.noisy, place.steps)
         clean, certain = teaching.velocity.clean(velocity, place.noisy, place.steps)
         picture = teaching.model.decode(clean)
-        crops = aligned_crops(picture, points, self.recogniser.config["size"])
-        who = self.recogniser(crops * 2 - 1).float()
+        faces = faces_seen(self.recogniser, picture, points)
+        who = faces[-1][..., 0, 0].float()
         counts = certain * found * (batch.who != 0).any(1)
         said = {"unlike": (counts * (1 - F.cosine_similarity(who, batch.who))).sum() / counts.sum().clamp_min(1e-6)}
         said |= dict.fromkeys(("amiss", "untrue", "unreal", "uneven", "narrow"), torch.zeros(()))
@@ -274,14 +273,13 @@ class RewardObjective(Objective):
         said["critic"] = doubts(self.critic(batch.latents + hazes[0]), self.critic(end + hazes[1]))
         if layers:
             with torch.no_grad():
-                true_layers = with_faces(true_layers, self.recogniser, true, self.points(true)[0])
-                end_layers = with_faces(end_layers, self.recogniser, painted, points)
+                true_layers = with_faces(true_layers, faces_seen(self.recogniser, true, self.points(true)[0]))
+                end_layers = with_faces(end_layers, faces_seen(self.recogniser, painted, points))
             said["critic"] = said["critic"] + doubts(self.beholder(true_layers), self.beholder(end_layers))
         if chosen >= settings.judged * (count - 1):
             said["untrue"] = -unmoved(self.critic, clean + hazes[1]).mean()
             if layers:
-                layers = with_faces(layers, self.recogniser, picture, points)
-                said["unreal"] = -unmoved(self.beholder, layers).mean()
+                said["unreal"] = -unmoved(self.beholder, with_faces(layers, faces)).mean()
         return said
 
     def _answers(self, layers: Sequence[Tensor]) -> Mapping[str, Tensor]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from facegen.face.networks import AttributeJudge, DetectorNet, RecogniserNet
-from facegen.training.critics import BeholderObjective, layers_of, with_faces
+from facegen.training.critics import BeholderObjective, faces_seen, layers_of, with_faces
 from facegen.training.diffusion import DiffusionObjective, DiffusionSettings
 from facegen.training.loop import Budget, LoopSettings, run, wear_average
 from facegen.training.mini import Workshop, _wear
@@ -228,17 +228,17 @@ def test_half_of_what_the_critic_sees_are_faces(taught: RewardObjective) -> None
     pictures = torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(1))
     points = torch.tensor([[[50.0, 50.0], [78.0, 50.0], [64.0, 66.0], [52.0, 84.0], [76.0, 84.0]]])
     layers = layers_of(taught.teacher, pictures)
-    seen = with_faces(layers, taught.recogniser, pictures, points)
+    seen = with_faces(layers, faces_seen(taught.recogniser, pictures, points))
     assert len(seen) == len(layers) + len(taught.recogniser.body)
     assert len(taught.beholder.heads) == len(seen)
     beside, inside = pictures.clone(), pictures.clone()
     beside[..., :6, :6] = 0
     inside[..., 60:66, 60:66] = 0
     for changed, moves in ((beside, False), (inside, True)):
-        now = with_faces(layers, taught.recogniser, changed, points)[len(layers) :]
+        now = with_faces(layers, faces_seen(taught.recogniser, changed, points))[len(layers) :]
         before = seen[len(layers) :]
         assert any(not torch.equal(one, other) for one, other in zip(now, before, strict=True)) == moves
-    assert with_faces([], taught.recogniser, pictures, points) == []
+    assert with_faces([], seen) == []
     # Every layer has the same part in the opinion, however many places it has.
     said = taught.beholder(seen)
     assert said.shape[1] % len(seen) == 0
