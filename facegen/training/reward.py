@@ -6,10 +6,10 @@ cosine to the person asked for is the reward, through which gradients reach the 
 al., arXiv 2304.05977; an accurate identity loss on pictures of a few steps: PuLID, Guo et al., arXiv 2404.16022). A net
 that tells the facts of a picture says in the same way how far it is from the prompt. The long lesson goes on beside it,
 in each step, so that what pleases the recogniser stays a picture of this world. Two critics learn beside to tell what
-is painted from true pictures, one by latents and one by what the net of facts sees, and their opinion of a walk's last
-place is a reward too (hinge loss, Lim & Ye, arXiv 1705.02894; on a few steps of diffusion, by what a frozen net sees:
-Sauer et al., arXiv 2311.17042): a squared error alone leaves hair and grounds in a haze. The judges of the evaluation
-are other nets.
+is painted from true pictures, one by latents and one by what the net of facts sees of it and the recogniser of its
+face, and their opinion of a walk's later places is a reward too (hinge loss, Lim & Ye, arXiv 1705.02894; on a few steps
+of diffusion, by what a frozen net sees: Sauer et al., arXiv 2311.17042): a squared error alone leaves hair and grounds
+in a haze. The judges of the evaluation are other nets.
 """
 
 from __future__ import annotations
@@ -217,8 +217,8 @@ class RewardObjective(Objective):
         """What is said of the pictures that the model paints of a batch, each the smaller the better.
 
         unlike: the people (1 - cosine); amiss: what the prompts ask for; uneven: what they leave open; narrow: how
-        alike they are; untrue, unreal: by the critic of latents and by the other, 0 at places before the last; critic:
-        their own loss.
+        alike they are; untrue, unreal: by the critic of latents and by the other, 0 at places before those that are
+        judged; critic: their own loss.
         """
         settings, teaching = self.settings, self.teaching
         roll = torch.rand(3, generator=generator, device=generator.device).tolist()
