@@ -44,8 +44,8 @@ class Beholder(nn.Module):
     """A critic that sees pictures as a frozen net does: layers (B, C, h, w) to an opinion of each part of each layer.
 
     What it sees knows hair from ground already, so that small heads learn to judge within few steps. They look at each
-    place and around it: after 300 steps they order 94 % of pairs right, by the place alone 79 %. Half of what it looks
-    at are faces, by the layers of the recogniser: in a whole picture an eye is too small to matter.
+    place and around it: after 300 steps they order 94 % of pairs right, by the place alone 79 %. Of eleven layers five
+    are the recogniser's, of the face alone: in a whole picture an eye is too small to matter.
     """
 
     def __init__(self, channels: Sequence[int], width: int = 64) -> None:

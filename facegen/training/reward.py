@@ -253,6 +253,7 @@ class RewardObjective(Objective):
         layers = layers_of(self.teacher, picture)
         answers = self._answers(layers)
         with torch.no_grad():
+            # Without a teacher nobody looks at true pictures.
             true = teaching.model.decode(batch.latents) if self.teacher is not None else painted
             true_layers, end_layers = (layers_of(self.teacher, one) for one in (true, painted))
         read = list(self._read(clean, answers))

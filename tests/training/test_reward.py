@@ -223,7 +223,7 @@ def test_the_critics_are_asked_from_a_part_of_the_walk_on(taught: RewardObjectiv
     assert heard == {1.0: (False, False), 0.3: (True, True)}
 
 
-def test_half_of_what_the_critic_sees_are_faces(taught: RewardObjective) -> None:
+def test_the_critic_sees_faces_beside_whole_pictures(taught: RewardObjective) -> None:
     assert taught.teacher is not None
     pictures = torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(1))
     points = torch.tensor([[[50.0, 50.0], [78.0, 50.0], [64.0, 66.0], [52.0, 84.0], [76.0, 84.0]]])
@@ -242,6 +242,10 @@ def test_half_of_what_the_critic_sees_are_faces(taught: RewardObjective) -> None
     # Every layer has the same part in the opinion, however many places it has.
     said = taught.beholder(seen)
     assert said.shape[1] % len(seen) == 0
+    for place, head in enumerate(taught.beholder.heads):
+        torch.nn.init.zeros_(head[-1].weight)  # type: ignore[index, arg-type]
+        torch.nn.init.constant_(head[-1].bias, float(place))  # type: ignore[index, arg-type]
+    assert taught.beholder(seen).mean().item() == pytest.approx((len(seen) - 1) / 2)
 
 
 def test_without_anything_asked_for_there_is_the_lesson_alone(objective: RewardObjective) -> None:
