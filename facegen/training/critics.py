@@ -1,6 +1,7 @@
-"""Nets that learn beside a training to tell what it paints from true pictures, and are a part of its loss.
+"""What learns beside a training to tell what it paints from true pictures, one by one or as a whole.
 
-The hinge loss of Lim & Ye (arXiv 1705.02894): a critic says above 1 of what is true, below -1 of what is painted.
+The critics' loss is the hinge of Lim & Ye (arXiv 1705.02894): one says above 1 of what is true, below -1 of what is
+painted.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ class Beholder(nn.Module):
 
     def __init__(self, channels: Sequence[int], width: int = 64) -> None:
         super().__init__()
+        self.channels = tuple(channels)
         self.heads = nn.ModuleList(
             nn.Sequential(
                 nn.Conv2d(count, width, 3, 1, 1), nn.LeakyReLU(0.2),
@@ -64,6 +66,65 @@ class Beholder(nn.Module):
         said = [head(layer).flatten(2).float() for head, layer in zip(self.heads, layers, strict=True)]
         most = max(one.shape[2] for one in said)
         return torch.cat([F.interpolate(one, size=most)[:, 0] for one in said], 1)
+
+
+class Reach(nn.Module):
+    """Where a net sees true pictures lie as a whole, and painted ones: mean and covariance of what it says of them.
+
+    Kinds of facts are coarse (half a smile and a whole one are both "smiling"), and a picture that is true by itself
+    may still be one of too many of its kind. What the net says of a painted picture is held beside where the map of
+    least effort that carries the normal distribution of the painted ones to that of the true ones takes it. The effort
+    is the Fréchet distance (Dowson & Landau 1982), which FID measures with another net.
+    """
+
+    def __init__(self, size: int, memory: int = 800, recent: int = 160, damping: float = 0.05) -> None:
+        """memory: pictures, after which what was seen before counts by 1/e; recent: the same of the mean; damping: of
+        the map, where pictures hardly differ, as a share of the mean variance.
+
+        The mean is known by fewer pictures, and must be: a training that leans against where its pictures lay a hundred
+        steps ago swings to the other side and stays there when it ends.
+        """
+        super().__init__()
+        self.memory, self.recent, self.damping = memory, recent, damping
+        for name in ("true", "painted"):
+            self.register_buffer(f"{name}_count", torch.zeros(()))
+            self.register_buffer(f"{name}_mean", torch.zeros(size))
+            self.register_buffer(f"{name}_covariance", torch.zeros(size, size))
+
+    @torch.no_grad()
+    def see(self, name: str, said: Tensor) -> None:
+        """Remember what is said of pictures (B, size); name: "true" or "painted"."""
+        said = said.double()
+        count = self.get_buffer(f"{name}_count").add_(len(said)).clamp_(max=self.memory)
+        mean, covariance = self.get_buffer(f"{name}_mean"), self.get_buffer(f"{name}_covariance")
+        share, recent = ((len(said) / count.clamp(max=most)).clamp(max=1) for most in (self.memory, self.recent))
+        mean.lerp_(said.mean(0).float(), recent)
+        away = said - mean
+        covariance.lerp_((away.T @ away / len(said)).float(), share)
+
+    @torch.no_grad()
+    def carried(self, said: Tensor) -> Tensor:
+        """Where painted pictures (B, size) would lie if they lay together as true ones do."""
+        true, painted = (self.get_buffer(f"{name}_covariance").double() for name in ("true", "painted"))
+        some = self.damping * true.diagonal().mean() * torch.eye(len(true), dtype=true.dtype, device=true.device)
+        values, vectors = torch.linalg.eigh(painted + some)
+        values = values.clamp_min(1e-12).sqrt()
+        root, back = ((vectors * one) @ vectors.T for one in (values, 1 / values))
+        values, vectors = torch.linalg.eigh(root @ (true + some) @ root)
+        across = back @ (vectors * values.clamp_min(0).sqrt()) @ vectors.T @ back
+        away = said.double() - self.get_buffer("painted_mean").double()
+        return (self.get_buffer("true_mean").double() + away @ across).to(said.dtype)
+
+    def astray(self, said: Tensor) -> Tensor:
+        """How far pictures (B, size) lie from there, squared, as a share of how true ones vary: (B,).
+
+        0 until as many as it remembers have been seen: of fewer the covariance is not known.
+        """
+        seen = min(float(self.get_buffer(f"{name}_count")) for name in ("true", "painted"))
+        if seen < self.memory:
+            return said.new_zeros(len(said))
+        width = self.get_buffer("true_covariance").trace().clamp_min(1e-9)
+        return (said - self.carried(said)).square().sum(1) / width
 
 
 def beholder_of(net: AttributeJudge | None, recogniser: RecogniserNet | None = None) -> Beholder:

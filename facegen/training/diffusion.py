@@ -174,6 +174,7 @@ class Batch:
     who: Tensor  # unit vectors (B, D) of the people in the latents; zero where no face conditions
     wanted: Tensor  # what the prompts leave open, as in facegen.training.reader.asked
     weights: Tensor  # of the error at each place, (B, h, w), 1 on average
+    given: Tensor | None = None  # as control, of the pictures that condition: what InstantID gets where nobody poses
 
 
 class DiffusionObjective(DenoisingObjective):
@@ -259,8 +260,12 @@ class DiffusionObjective(DenoisingObjective):
                 plain, named, with_face.tolist(), (roll[1] < settings.no_prompt).tolist(), strict=True
             )
         ]
-        embeddings = lessons.embeddings[another(lessons, rows, roll[2])] * with_face[:, None]
-        control = self._control(lessons, rows, roll[3] >= settings.no_points) if way == "instantid" else None
+        others = another(lessons, rows, roll[2])
+        embeddings = lessons.embeddings[others] * with_face[:, None]
+        control = given = None
+        if way == "instantid":
+            kept = roll[3] >= settings.no_points
+            control, given = (self._control(lessons, one, kept) for one in (rows, others))
         who = self._people[id(lessons)][rows] * with_face[:, None]
         return Batch(
             way,
@@ -271,6 +276,7 @@ class DiffusionObjective(DenoisingObjective):
             who,
             asked(prompts),
             face_weights(lessons, rows, settings.face, settings.small),
+            given,
         )
 
     def _control(self, lessons: Lessons, rows: Tensor, kept: Tensor) -> Tensor:

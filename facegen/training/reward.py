@@ -15,7 +15,7 @@ in a haze. The judges of the evaluation are other nets.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from facegen.face.networks import AMOUNTS, AttributeJudge, DetectorNet, RecogniserNet, facts_among
 from facegen.models.norms import quicken
-from facegen.training.critics import Critic, beholder_of, doubts, faces_seen, layers_of, unmoved, with_faces
+from facegen.training.critics import Critic, Reach, beholder_of, doubts, faces_seen, layers_of, unmoved, with_faces
 from facegen.training.loop import Objective
 from facegen.training.reader import SIZES, disobedience, shares, unnamed
 from facegen.training.walks import LEVELS, guided, plain, rows_of, unasked, walk
@@ -38,7 +38,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RewardSettings:
-    """lessons: batch of the lessons beside; painted: pictures that are painted in each step.
+    """lessons: batch of the lessons beside; painted: pictures that are painted in each step,
+    nobody: how many of them of nobody.
+
+    given: share of the steps in which InstantID gets the key points of the picture that conditions instead of those of
+    the true picture, as it does where pictures are made: they fit neither the prompt nor quite the person.
 
     walks: how many steps a walk may have; guidance: theirs.
     likeness, obedience: weights of how unlike the person the recogniser finds the estimate, and of how far from the
@@ -46,7 +50,8 @@ class RewardSettings:
     what comes of it; sight: of how untrue the critic finds it that looks through teacher and recogniser.
     uneven: weight of how much more often than true pictures the painted ones show something that nobody asked for, of
     the ``varied`` kinds of facts.
-    spread: weight of how much less moods and heads differ than in true pictures, unit by unit.
+    spread: weight of how far moods and heads lie from where those of true pictures lie as a whole, unit by unit;
+    whole: the same of what each layer of the critic's eyes sees.
     last: share of the rewards that are given at the walk's last place, where the estimate is the finished picture.
     judged: from which part of the walk on, 1 being its last place, the critics are asked.
     haze: noise that the critic looks through, so that it sees no more than eyes would.
@@ -56,15 +61,17 @@ class RewardSettings:
     lessons: int = 16
     painted: int = 8
     nobody: int = 3
+    given: float = 0.5
     walks: tuple[int, ...] = (5, 6, 8)
     guidance: float = 3.0
-    likeness: float = 1.4
-    obedience: float = 1.6
+    likeness: float = 1.8
+    obedience: float = 2.2
     look: float = 0.04
     sight: float = 1.5
     uneven: float = 2.0
     varied: tuple[str, ...] = ("looking", "tilt", "expression", "eyes", "mouth")
-    spread: float = 2.0
+    spread: float = 6.0
+    whole: float = 12.0
     last: float = 0.7
     judged: float = 0.5
     haze: float = 0.1
@@ -105,44 +112,13 @@ class Habits(nn.Module):
         return (seen * excess * counts).sum() / each.sum().clamp_min(1)
 
 
-class Reach(nn.Module):
-    """How far moods and heads of true and painted pictures reach, unit by unit.
+# What a judge of attributes says of moods and heads, in the units of the world.
+UNITS = (*(unit.name for unit in EXPRESSION), "yaw", "pitch", "roll")
 
-    Kinds of facts are coarse: half a smile and a whole one are both "smiling". The spread of what a net sees of each
-    unit is held beside that of true pictures, which it sees with the same eyes.
-    """
 
-    UNITS = (*(unit.name for unit in EXPRESSION), "yaw", "pitch", "roll")
-
-    def __init__(self, memory: float = 0.98) -> None:
-        super().__init__()
-        self.memory = memory
-        for name in ("true", "painted"):
-            self.register_buffer(name, torch.stack([torch.zeros(len(self.UNITS)), torch.ones(len(self.UNITS))]))
-
-    @classmethod
-    def units(cls, answers: Mapping[str, Tensor]) -> Tensor:
-        """What a judge of attributes answers of B pictures, in the units of the world, (B, units)."""
-        return torch.stack([answers[name].sigmoid() if name in AMOUNTS else answers[name] for name in cls.UNITS], 1)
-
-    @torch.no_grad()
-    def see(self, name: str, units: Tensor) -> None:
-        """Remember units (B, units) and their squares; name: "true" or "painted"."""
-        self.get_buffer(name).lerp_(torch.stack([units.mean(0), units.square().mean(0)]), 1 - self.memory)
-
-    def spread(self, name: str) -> Tensor:
-        """The variance of each unit."""
-        mean, square = self.get_buffer(name)
-        return (square - mean.square()).clamp_min(1e-4)
-
-    def narrow(self, units: Tensor) -> Tensor:
-        """How near pictures (B, units) keep to what is usual, where they are painted too much alike: (B,).
-
-        Where they differ too much, how far they go.
-        """
-        true, painted = self.spread("true"), self.spread("painted")
-        off = ((units - self.get_buffer("painted")[0]).square() / true).clamp(max=4)
-        return -((true / painted).log().clamp(-1, 1) * off).mean(1)
+def units_of(answers: Mapping[str, Tensor]) -> Tensor:
+    """:data:`UNITS` as a judge of attributes answers of B pictures, (B, units)."""
+    return torch.stack([answers[name].sigmoid() if name in AMOUNTS else answers[name] for name in UNITS], 1)
 
 
 class RewardObjective(Objective):
@@ -162,8 +138,9 @@ class RewardObjective(Objective):
         self.teaching, self.settings, self.teacher = teaching, settings, teacher
         self.model = teaching.model
         self.critic = Critic(teaching.lessons.latents.shape[1])
-        self.habits, self.reach = Habits(), Reach()
-        self.beholder = beholder_of(teacher, recogniser)
+        self.habits, self.beholder = Habits(), beholder_of(teacher, recogniser)
+        # Of the units, and of what each of the beholder's layers sees.
+        self.reach = nn.ModuleList(map(Reach, (len(UNITS), *self.beholder.channels)))
         own = {"critic": self.critic, "habits": self.habits, "reach": self.reach, "beholder": self.beholder}
         self.module = nn.ModuleDict({**cast(nn.ModuleDict, teaching.module), **own})
         self.recogniser, self.detector = recogniser, detector
@@ -201,6 +178,7 @@ class RewardObjective(Objective):
                 + settings.sight * said["unreal"]
                 + settings.uneven * said["uneven"]
                 + settings.spread * said["narrow"]
+                + settings.whole * said["astray"]
                 + said["critic"]
             )
             losses |= {f"painted_{name}": value.detach() for name, value in said.items()}
@@ -216,12 +194,14 @@ class RewardObjective(Objective):
     def reward(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         """What is said of the pictures that the model paints of a batch, each the smaller the better.
 
-        unlike: the people (1 - cosine); amiss: what the prompts ask for; uneven: what they leave open; narrow: how
-        alike they are; untrue, unreal: by the critic of latents and by the other, 0 at places before those that are
-        judged; critic: their own loss.
+        unlike: the people (1 - cosine); amiss: what the prompts ask for; uneven: what they leave open; narrow: where
+        moods and heads lie as a whole; astray: where all that is seen does; untrue, unreal: by the critic of latents
+        and by the other. The last three are 0 at places before those that are judged. critic: their own loss.
         """
         settings, teaching = self.settings, self.teaching
-        roll = torch.rand(3, generator=generator, device=generator.device).tolist()
+        roll = torch.rand(4, generator=generator, device=generator.device).tolist()
+        if batch.given is not None and roll[3] < settings.given:
+            batch = replace(batch, control=batch.given)
         count = settings.walks[int(roll[0] * len(settings.walks))]
         noise = torch.randn(batch.latents.shape, generator=generator, device=generator.device)
         with torch.no_grad():
@@ -249,13 +229,16 @@ class RewardObjective(Objective):
         who = faces[-1][..., 0, 0].float()
         counts = certain * found * (batch.who != 0).any(1)
         said = {"unlike": (counts * (1 - F.cosine_similarity(who, batch.who))).sum() / counts.sum().clamp_min(1e-6)}
-        said |= dict.fromkeys(("amiss", "untrue", "unreal", "uneven", "narrow"), torch.zeros(()))
-        layers = layers_of(self.teacher, picture)
+        said |= dict.fromkeys(("amiss", "untrue", "unreal", "uneven", "narrow", "astray"), torch.zeros(()))
+        layers = with_faces(layers_of(self.teacher, picture), faces)
         answers = self._answers(layers)
         with torch.no_grad():
             # Without a teacher nobody looks at true pictures.
             true = teaching.model.decode(batch.latents) if self.teacher is not None else painted
-            true_layers, end_layers = (layers_of(self.teacher, one) for one in (true, painted))
+            true_layers, end_layers = (
+                with_faces(layers_of(self.teacher, one), faces_seen(self.recogniser, one, its))
+                for one, its in ((true, self.points(true)[0]), (painted, points))
+            )
         read = list(self._read(clean, answers))
         if read:
             told = [disobedience(one, batch.wanted) for one in read]
@@ -263,29 +246,40 @@ class RewardObjective(Objective):
             open_kinds = unnamed(batch.wanted)
             with torch.no_grad():
                 for name, latents, seen in (("true", batch.latents, true_layers), ("painted", end, end_layers)):
-                    shown = self._answers(seen)
-                    self.habits.see(name, shares(next(self._read(latents, shown))), open_kinds)
-                    if shown:
-                        self.reach.see(name, self.reach.units(shown))
+                    shown = next(self._read(latents, self._answers(seen)))
+                    self.habits.see(name, shares(shown), open_kinds)
             said["uneven"] = self.habits.uneven(shares(read[0]), open_kinds, settings.varied)
-        if answers:
-            said["narrow"] = (certain * self.reach.narrow(self.reach.units(answers))).mean()
         hazes = settings.haze * torch.randn((2, *end.shape), generator=generator, device=generator.device)
         said["critic"] = doubts(self.critic(batch.latents + hazes[0]), self.critic(end + hazes[1]))
-        if layers:
-            with torch.no_grad():
-                true_layers = with_faces(true_layers, faces_seen(self.recogniser, true, self.points(true)[0]))
-                end_layers = with_faces(end_layers, faces_seen(self.recogniser, painted, points))
-            said["critic"] = said["critic"] + doubts(self.beholder(true_layers), self.beholder(end_layers))
-        if chosen >= settings.judged * (count - 1):
+        judged = chosen >= settings.judged * (count - 1)
+        if judged:
             said["untrue"] = -unmoved(self.critic, clean + hazes[1]).mean()
-            if layers:
-                said["unreal"] = -unmoved(self.beholder, with_faces(layers, faces)).mean()
+        if layers:
+            said["critic"] = said["critic"] + doubts(self.beholder(true_layers), self.beholder(end_layers))
+            for name, seen in (("true", true_layers), ("painted", end_layers)):
+                for reach, whole in zip(self._reaches(), self._wholes(seen), strict=True):
+                    reach.see(name, whole)
+            units, *wholes = (
+                (certain * reach.astray(whole)).mean()
+                for reach, whole in zip(self._reaches(), self._wholes(layers), strict=True)
+            )
+            said["narrow"] = units
+            if judged:
+                said["unreal"] = -unmoved(self.beholder, layers).mean()
+                said["astray"] = torch.stack(wholes).mean()
         return said
 
     def _answers(self, layers: Sequence[Tensor]) -> Mapping[str, Tensor]:
-        """What the teacher says by what its layers see; nothing without a teacher."""
-        return {} if self.teacher is None else self.teacher.answers(layers[-1])
+        """What the teacher says by what its layers see, which come first; nothing without a teacher."""
+        return {} if self.teacher is None else self.teacher.answers(layers[len(self.teacher.body) - 1])
+
+    def _reaches(self) -> Iterator[Reach]:
+        return cast("Iterator[Reach]", iter(self.reach))
+
+    def _wholes(self, layers: Sequence[Tensor]) -> Iterator[Tensor]:
+        """What is said of pictures as wholes, (B, size) for each of the reaches."""
+        yield units_of(self._answers(layers))
+        yield from (layer.float().mean((2, 3)) for layer in layers)
 
     def _read(self, latents: Tensor, answers: Mapping[str, Tensor]) -> Iterator[Tensor]:
         """What a picture shows, logits (B, values of all kinds), by each net that reads here, one after the other.

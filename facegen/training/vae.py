@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from facegen.face.networks import AttributeJudge, RecogniserNet
+from facegen.face.networks import AttributeJudge, DetectorNet, RecogniserNet
 from facegen.face.warp import aligned_crops
 from facegen.models.norms import quicken
 from facegen.training.cache import Cache, shuffled
-from facegen.training.critics import beholder_of, doubts, unmoved
+from facegen.training.critics import Beholder, Reach, beholder_of, doubts, faces_seen, unmoved, with_faces
 from facegen.training.loop import Objective
 from facegen.training.objectives.reconstruction import feature_loss, reconstruction_loss
 from facegen.world.shading import PARSING
@@ -40,7 +40,10 @@ class VAESettings:
     decoder_face: float = 0.5
     look: float = 2.0  # weight of what the teacher of attributes sees, where there is one
     facts: float = 0.6  # weight of how differently it tells what is shown
-    crisp: float = 0.05  # weight of how painted a critic finds what is decoded, where there are painted latents
+    crisp: float = 0.05  # weight of how painted a critic finds what is decoded, where there are painted latents, …
+    crisp_painted: float = 0.2  # … and of these alone
+    whole: float = 0.5  # weight of how far what is decoded of them lies from where true pictures lie as a whole
+    share: float = 0.4  # how far a decoder that goes on alone goes towards what it has learnt from its critic
     moved: float = 0.05  # weight of how far latents of a finished encoder move, where it goes on
     seed: int = 8
 
@@ -185,8 +188,9 @@ class DecoderObjective(VAEObjective):
     What is small and matters weighs more than in the first lesson (:data:`DETAILS`). With ``teacher`` the rebuilt
     picture must also look the same, and show the same facts, to a net that has learnt to tell them (perceptual loss,
     Johnson et al. 2016): an error alone leaves a moustache half there. With ``painted``, latents (N, C, h, w) of the
-    finished model's own pictures, a critic learns beside that sees through the teacher, and what is decoded of them and
-    of the kept latents must look true to it: what a model paints is never quite what the encoder would have said.
+    finished model's own pictures, a critic learns beside that sees through the teacher, and faces (which the detector
+    finds) through the recogniser; what is decoded of them and of the kept latents must look true to it, and lie as a
+    whole where true pictures do: what a model paints is never quite what the encoder would have said.
     """
 
     name = "decoder"
@@ -202,18 +206,22 @@ class DecoderObjective(VAEObjective):
         latents: Tensor,
         teacher: AttributeJudge | None = None,
         painted: Tensor | None = None,
+        detector: DetectorNet | None = None,
     ) -> None:
         super().__init__(vae, pictures, held_out, settings, recogniser)
-        assert painted is None or teacher is not None
-        self.teacher, self.painted = teacher, painted
+        assert painted is None or (teacher is not None and detector is not None)
+        self.teacher, self.painted, self.detector = teacher, painted, detector
         self.latents = latents  # (N, C, h, w)
         self.parsing = pictures.whole("parsing")  # (N, H, W) uint8
         self.module = nn.ModuleDict({name: vae.get_submodule(name) for name in self.parts})
         vae.requires_grad_(False)
         self.module.requires_grad_(True)
         quicken(self.module)
-        self.beholder = beholder_of(None if painted is None else teacher)
-        self.module["beholder"] = self.beholder
+        # Of what is seen the pixels come first: what is blurred shows nowhere else as well.
+        channels = () if painted is None else (3, *beholder_of(teacher, recogniser).channels)
+        self.beholder = Beholder(channels)
+        self.reach = nn.ModuleList(map(Reach, self.beholder.channels))
+        self.module.update({"beholder": self.beholder, "reach": self.reach})
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Muon moves the convolutions between blocks; what leads in and out, and all vectors, AdamW."""
@@ -227,7 +235,8 @@ class DecoderObjective(VAEObjective):
         return [*own, {"params": critic}] if critic else own
 
     def helpers(self) -> Sequence[nn.Module]:
-        return [self.vae, *super().helpers(), *([] if self.teacher is None else [self.teacher])]
+        some = (self.teacher, self.detector)
+        return [self.vae, *super().helpers(), *(net for net in some if net is not None)]
 
     def batch(self, step: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Pictures (B, 3, H, W) uint8, the face's points (B, 5, 2), what each pixel shows (B, H, W), and latents."""
@@ -236,7 +245,7 @@ class DecoderObjective(VAEObjective):
         batch = {name: whole[rows] for name, whole in kept.items()}
         batch["pictures"] = batch["pictures"].permute(0, 3, 1, 2)
         if self.painted is not None:
-            batch["painted"] = self.painted[torch.randint(len(self.painted), (len(rows) // 2,), generator=generator)]
+            batch["painted"] = self.painted[torch.randint(len(self.painted), (len(rows),), generator=generator)]
         return batch
 
     def loss(self, batch: Mapping[str, Tensor], step: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -251,29 +260,51 @@ class DecoderObjective(VAEObjective):
             made = found[:0]
             if self.painted is not None:
                 made = cast(Any, self.vae).decode(batch["painted"].float()).sample.float()
-            said |= self.told(self.teacher, found, images, made)
+            said |= self.told(self.teacher, found, images, made, batch["points"])
         return {"loss": loss + sum(said.values()), "rebuilt": rebuilt, "face": face, **said}
 
-    def told(self, teacher: AttributeJudge, found: Tensor, images: Tensor, made: Tensor) -> dict[str, Tensor]:
-        """How differently the teacher sees pictures (B, 3, H, W) in [-1, 1], and what it tells of them, weighed.
+    def told(
+        self, teacher: AttributeJudge, found: Tensor, images: Tensor, made: Tensor, points: Tensor
+    ) -> dict[str, Tensor]:
+        """How differently the teacher sees pictures (B, 3, H, W) in [-1, 1] with faces at points (B, 5, 2), and what it
+        tells of them, weighed.
 
-        made: pictures (P, 3, H, W) that are not to be like any other, only as the critic wants them.
+        made: pictures (P, 3, H, W) that are not to be like any other, only as critic and reaches want them.
         """
-        from facegen.evaluation.judges import resized
+        from facegen.evaluation.judges import resized, strongest
 
-        every = teacher.seen(resized(torch.cat([found, images, made])))
+        every = torch.cat([found, images, made])
+        layers = teacher.seen(resized(every))
         count = 2 * len(found)
-        layers = [one[:count] for one in every]
-        answers = teacher.facts_of(layers[-1]).values()
+        answers = teacher.facts_of(layers[-1][:count]).values()
         told = [one.log_softmax(1).chunk(2) for one in answers]
         unlike = [F.kl_div(a, b.detach(), reduction="batchmean", log_target=True) for a, b in told]
         settings = self.settings
-        said = {"look": settings.look * feature_loss(layers), "facts": settings.facts * torch.stack(unlike).mean()}
+        said = {
+            "look": settings.look * feature_loss([one[:count] for one in layers]),
+            "facts": settings.facts * torch.stack(unlike).mean(),
+        }
         if len(made):
-            true = [one[len(found) : count].detach() for one in every]
-            decoded = [torch.cat([one[: len(found)], one[count:]]) for one in every]
-            said["critic"] = doubts(self.beholder(true), self.beholder([one.detach() for one in decoded]))
-            said["crisp"] = -settings.crisp * unmoved(self.beholder, decoded).mean()
+            assert self.recogniser is not None
+            assert self.detector is not None
+            with torch.no_grad():
+                points = torch.cat([points, points, strongest(self.detector, (made / 2 + 0.5).clamp(0, 1))[0]])
+            parts = [len(found), len(found), len(made)]
+            layers = [every, *with_faces(layers, faces_seen(self.recogniser, every / 2 + 0.5, points))]
+            rebuilt, true, painted = ([one.split(parts)[part] for one in layers] for part in range(3))
+            true = [one.detach() for one in true]
+            doubted = [
+                doubts(self.beholder(true), self.beholder([one.detach() for one in own])) for own in (rebuilt, painted)
+            ]
+            said["critic"] = torch.stack(doubted).mean()
+            crisp = [unmoved(self.beholder, own).mean() for own in (rebuilt, painted)]
+            said["crisp"] = -settings.crisp * crisp[0] - settings.crisp_painted * crisp[1]
+            astray = []
+            for reach, a, b in zip(cast("Iterable[Reach]", self.reach), true, painted, strict=True):
+                reach.see("true", a.mean((2, 3)))
+                reach.see("painted", b.detach().mean((2, 3)))
+                astray.append(reach.astray(b.mean((2, 3))).mean())
+            said["astray"] = settings.whole * torch.stack(astray).mean()
         return said
 
     def seen(self, latents: Tensor, images: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:

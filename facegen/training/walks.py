@@ -123,4 +123,5 @@ def rows_of(batch: Batch, rows: Tensor) -> Batch:
         who=batch.who[rows],
         wanted=batch.wanted[rows],
         weights=batch.weights[rows],
+        given=None if batch.given is None else batch.given[rows],
     )

@@ -61,7 +61,7 @@ class Bench:
         vae = new_vae(VAE)
         latents = encode_all(vae, self.pictures)
         painted = latents[:4] + 1 if kind is DecoderObjective else None
-        return kind(vae, self.pictures, None, VAE, recogniser(), latents, teacher(), painted)
+        return kind(vae, self.pictures, None, VAE, recogniser(), latents, teacher(), painted, detector())
 
     def control(self, name: str) -> ControlObjective:
         lessons, model = self.lessons, self.taught().model

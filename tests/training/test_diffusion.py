@@ -12,8 +12,9 @@ import torch
 from facegen.adapters.instantid import InstantID
 from facegen.conditions import ControlCondition, TokenCondition
 from facegen.errors import WrongRequest
-from facegen.face.networks import AttributeJudge, RecogniserNet
+from facegen.face.networks import AttributeJudge, DetectorNet, RecogniserNet
 from facegen.training.cache import Cache
+from facegen.training.critics import Reach
 from facegen.training.diffusion import (
     SCHEDULER,
     SELDOM,
@@ -138,7 +139,7 @@ def test_a_decoder_learns_to_look_right_to_a_teacher_of_attributes(pictures: Cac
     assert said[-1][1] < said[0][1]
     assert all(p.grad is None for p in teacher.parameters())
     images = torch.rand(2, 3, 128, 128, generator=generator) * 2 - 1
-    told = objective.told(teacher, images, images, images[:0])
+    told = objective.told(teacher, images, images, images[:0], batch["points"][:2])
     assert all(float(value) == pytest.approx(0, abs=1e-5) for value in told.values())
 
 
@@ -149,10 +150,15 @@ def test_a_decoder_learns_to_make_of_painted_latents_what_looks_true(pictures: C
     teacher = AttributeJudge(widths=(8, 8, 16, 16), hidden=16).eval().requires_grad_(False)
     settings = replace(VAE, crop=pictures.whole("rgb").shape[1])
     latents = encode_all(vae, pictures)
-    objective = DecoderObjective(vae, pictures, None, settings, recogniser, latents, teacher, latents[:3] + 1)
+    detector = DetectorNet(widths=(4, 4, 8, 8, 8), neck=8).eval().requires_grad_(False)
+    painted = latents[:3] + 1
+    objective = DecoderObjective(vae, pictures, None, settings, recogniser, latents, teacher, painted, detector)
     generator = torch.Generator().manual_seed(1)
     batch = objective.batch(0, generator)
-    assert batch["painted"].shape == (settings.decoder_batch // 2, 4, 16, 16)
+    assert batch["painted"].shape == (settings.decoder_batch, 4, 16, 16)
+    for reach in objective.reach.children():
+        assert isinstance(reach, Reach)
+        reach.memory = len(batch["painted"])  # else it says nothing of so few
 
     def moved(name: str) -> set[str]:
         objective.module.zero_grad()
@@ -163,12 +169,14 @@ def test_a_decoder_learns_to_make_of_painted_latents_what_looks_true(pictures: C
         return [bool(weight.grad.any()) for weight in one.parameters() if weight.grad is not None]
 
     assert moved("critic") == {"beholder"}
-    assert moved("crisp") == {"decoder", "post_quant_conv"}
+    assert moved("crisp") == moved("astray") == {"decoder", "post_quant_conv"}
     optimizer = torch.optim.AdamW(objective.beholder.parameters(), lr=3e-3)
     critic = told_by_step((objective, batch, optimizer), ("critic",), 12)
     assert critic[-1][0] < 0.9 * critic[0][0]
     crisp = told_by_step((objective, batch, torch.optim.AdamW(vae.decoder.parameters(), lr=2e-3)), ("crisp",), 6)
     assert crisp[-1][0] < crisp[0][0]
+    astray = told_by_step((objective, batch, torch.optim.AdamW(vae.decoder.parameters(), lr=2e-3)), ("astray",), 6)
+    assert astray[-1][0] < astray[0][0]
 
 
 def test_eyes_weigh_most_and_every_picture_the_same(pictures: Cache) -> None:

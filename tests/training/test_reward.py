@@ -9,14 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from facegen.conditions import Condition
+from facegen.evaluation.frechet import fid
 from facegen.face.networks import AttributeJudge, DetectorNet, RecogniserNet
-from facegen.training.critics import BeholderObjective, faces_seen, layers_of, with_faces
-from facegen.training.diffusion import DiffusionObjective, DiffusionSettings
+from facegen.training.critics import BeholderObjective, Reach, faces_seen, layers_of, with_faces
+from facegen.training.diffusion import Batch, DiffusionObjective, DiffusionSettings
 from facegen.training.loop import Budget, LoopSettings, run, wear_average
 from facegen.training.mini import Workshop, _wear
 from facegen.training.reader import _PLACES, asked, shares
 from facegen.training.reader import SIZES as READER_SIZES
-from facegen.training.reward import Habits, Reach, RewardObjective, RewardSettings
+from facegen.training.reward import Habits, RewardObjective, RewardSettings
 from facegen.world.facts import FACTS
 
 SIZES = DiffusionSettings(
@@ -84,6 +86,38 @@ def test_some_of_the_painted_are_asked_for_by_the_prompt_alone(objective: Reward
     assert objective.reward(nobody, torch.Generator().manual_seed(4))["unlike"] == 0
 
 
+@pytest.mark.parametrize("given", [0.0, 1.0])
+def test_instantid_is_also_rewarded_with_the_points_of_the_picture_that_conditions(
+    tiny_teaching: Callable[[DiffusionSettings], DiffusionObjective],
+    objective: RewardObjective,
+    given: float,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    teaching = tiny_teaching(replace(SIZES, ways={"instantid": 1.0}, no_points=0.0))
+    settings = replace(objective.settings, given=given)
+    rewarded = RewardObjective(teaching, objective.recogniser, objective.detector, settings)
+    batch = teaching._gather(teaching.lessons, torch.arange(6), "instantid", torch.Generator().manual_seed(2))
+    assert batch.control is not None
+    assert batch.given is not None
+    # Both show the same people's points, each in another picture.
+    every = teaching._control(teaching.lessons, torch.arange(9), torch.ones(9))
+    for row, one in enumerate(batch.given):
+        mates = [mate for mate in range(9) if mate // 3 == row // 3 and mate != row]
+        assert any(torch.equal(one, every[mate]) for mate in mates)
+    some, seen = rewarded._chosen(batch), []
+    conditions = teaching.conditions
+
+    def noted(asked: Batch) -> list[Condition]:
+        seen.append(asked.control)
+        return conditions(asked)
+
+    monkeypatch.setattr(teaching, "conditions", noted)
+    rewarded.reward(some, torch.Generator().manual_seed(4))
+    wanted = some.given if given else some.control
+    assert len(seen) >= 2
+    assert all(control is not None and torch.equal(control, wanted) for control in seen)
+
+
 @pytest.fixture
 def taught(objective: RewardObjective) -> RewardObjective:
     """With a net that tells facts."""
@@ -144,33 +178,53 @@ def test_what_is_painted_too_often_is_held_against_it() -> None:
     assert torch.equal(before, habits.get_buffer("painted"))
 
 
-def test_pictures_that_are_too_much_alike_are_pushed_apart_and_no_others() -> None:
-    reach = Reach(memory=0.5)
+def test_painted_pictures_are_pushed_to_where_true_ones_lie_as_a_whole() -> None:
     generator = torch.Generator().manual_seed(0)
-    true = torch.rand((64, len(Reach.UNITS)), generator=generator)
-    painted = true.clone()
-    painted[:, 0] = 0.5 + 0.2 * (painted[:, 0] - 0.5)
-    painted[:, 1] = 0.5 + 2.0 * (painted[:, 1] - 0.5)
-    for _ in range(20):
-        reach.see("true", true)
-        reach.see("painted", painted)
-    units = painted.clone().requires_grad_()
-    reach.narrow(units).sum().backward()
-    assert units.grad is not None
-    away = units.grad * (painted - reach.get_buffer("painted")[0])
-    assert (away[:, 0] < 0).all()  # a step against the gradient leads away from the mean,
-    assert (away[:, 1] >= 0).all()  # or back to it,
-    assert units.grad[:, 2:].abs().max() < 1e-3  # and nowhere where they differ as they should
+    reach = Reach(3, memory=4000, recent=4000, damping=1e-6)
+    mix = torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.7, 0.0], [0.0, 0.0, 0.3]])
+    true = torch.randn((4000, 3), generator=generator) @ mix.T + torch.tensor([1.0, -2.0, 0.0])
+    painted = torch.randn((4000, 3), generator=generator) * torch.tensor([0.5, 2.0, 0.3])
+    reach.see("true", true[:3999])
+    reach.see("painted", painted)
+    assert not reach.astray(painted).any()  # too few are known yet
+    reach.see("true", true[3999:])
+    reach.see("true", true)
+    carried = reach.carried(painted)
+    torch.testing.assert_close(carried.mean(0), true.mean(0), atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(carried.T.cov(), true.T.cov(), atol=1e-2, rtol=1e-2)
+    # Its cost is FID's, as a share of how much true pictures vary, and steps against the gradient lower FID.
+    wanted = fid(painted, true) / float(true.var(0).sum())
+    assert float(reach.astray(painted).mean()) == pytest.approx(wanted, rel=0.02)
+    moved = painted.clone().requires_grad_()
+    (found,) = torch.autograd.grad(reach.astray(moved).sum(), moved)
+    assert fid(painted - 0.1 * found, true) < 0.9 * fid(painted, true)
+    assert fid(carried, true) < 0.01 * fid(painted, true)
 
 
-def test_the_teacher_sees_how_alike_pictures_are(taught: RewardObjective) -> None:
+def test_where_pictures_lie_is_known_sooner_than_how_they_spread() -> None:
+    generator = torch.Generator().manual_seed(0)
+    reach = Reach(4, memory=800, recent=80)
+    for step in range(300):
+        reach.see("painted", torch.randn((8, 4), generator=generator) + (step >= 200))
+    mean, covariance = (reach.get_buffer(f"painted_{name}") for name in ("mean", "covariance"))
+    torch.testing.assert_close(mean, torch.ones(4), atol=0.5, rtol=0)
+    # Nor does it take the way from the one place to the other for a spread.
+    assert covariance.diagonal().mean() == pytest.approx(1, abs=0.15)
+
+
+@pytest.mark.parametrize("part", ["narrow", "astray"])
+def test_the_teacher_sees_how_alike_pictures_are(taught: RewardObjective, part: str) -> None:
     some = taught._chosen(_batch(taught, "prompt"))  # type: ignore[arg-type]
-    with torch.no_grad():
-        taught.reach.get_buffer("true")[1] += 1  # as if true pictures differed more
+    taught.settings = replace(taught.settings, last=1.0)  # at the walk's last place all is judged
+    assert taught.reward(some, torch.Generator().manual_seed(4))[part] == 0  # few have been seen
+    for reach in taught._reaches():
+        size = len(reach.get_buffer("true_mean"))
+        for name, spread in (("true", 1.0), ("painted", 0.5)):
+            reach.see(name, spread * torch.randn((reach.memory, size), generator=torch.Generator().manual_seed(1)))
     said = taught.reward(some, torch.Generator().manual_seed(4))
-    assert said["narrow"] < 0
+    assert said[part] > 0
     own = [weight for weight in taught.teaching.module.parameters() if weight.requires_grad]
-    found = torch.autograd.grad(said["narrow"], own, allow_unused=True)
+    found = torch.autograd.grad(said[part], own, allow_unused=True)
     assert any(g is not None and g.abs().sum() > 0 for g in found)
 
 
