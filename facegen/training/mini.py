@@ -378,14 +378,15 @@ def train_instantid(shop: Workshop) -> None:
 
 
 REWARDS = {"diffusion": "reward", "instantid": "instantid reward"}  # which follows which
-# InstantID has less of the person than is asked for, and its points leave less of the picture open.
-INSTANTID_REWARD = {"likeness": 4.0, "obedience": 1.4, "sight": 0.6, "spread": 4.0, "whole": 8.0}
 
 
 def _rewarded(objective: DiffusionObjective, shop: Workshop, stage: str) -> None:
     from facegen.training.reward import RewardObjective, RewardSettings
 
-    settings = replace(RewardSettings(), **(INSTANTID_REWARD if stage == "instantid" else {}))
+    settings = RewardSettings()
+    if stage == "instantid":
+        # It has less of the person than is asked for, and its points leave less of the picture open.
+        settings = RewardSettings(likeness=4.0, obedience=1.4, sight=0.6, spread=4.0, whole=8.0)
     objective.settings = replace(objective.settings, batch=settings.lessons)
     reward = RewardObjective(objective, _recogniser(shop), _detector(shop), settings, finished_teacher(shop))
     wear_average(reward.module, shop.work / "critic", only="beholder.")
