@@ -144,7 +144,7 @@ def go_on_with(part: Literal["decoder", "autoencoder"]) -> Callable[[Workshop], 
             finished_teacher(shop), _painted_by_the_finished(shop) if part == "decoder" else None,
             _detector(shop),
         )  # fmt: skip
-        before = _copied(objective)
+        before = _begun_with(objective, shop.work / part)
         measured = run(objective, shop.work / part, Budget(shop.steps(part)), VAE_SETTINGS)
         if part == "decoder":
             _mix(objective, before, settings.share)
@@ -413,6 +413,18 @@ def _wear(objective: DiffusionObjective, shop: Workshop, stage: str, rewarded: b
 
 def _copied(objective: Objective) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in objective.module.state_dict().items()}
+
+
+def _begun_with(objective: Objective, folder: Path) -> Mapping[str, Tensor]:
+    """The weights that a stage began with, kept beside its checkpoint: what it started from may be overwritten by what
+    came of it when the stage is asked for again."""
+    from facegen.training.checkpoint import load_tensors, save_tensors
+
+    path = folder / "before.safetensors"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        save_tensors(_copied(objective), path, {})
+    return load_tensors(path).tensors
 
 
 def _mix(objective: Objective, before: Mapping[str, Tensor], share: float) -> None:

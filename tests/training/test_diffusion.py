@@ -27,7 +27,7 @@ from facegen.training.diffusion import (
     save_base,
 )
 from facegen.training.loop import Budget, LoopSettings, run
-from facegen.training.mini import STAGES, train
+from facegen.training.mini import STAGES, _begun_with, _mix, train
 from facegen.training.objectives.denoising import another, face_weights
 from facegen.training.objectives.velocity import VelocityObjective
 from facegen.training.vae import (
@@ -369,3 +369,19 @@ def test_an_unknown_stage_is_refused(tmp_path: Path) -> None:
     assert next(iter(STAGES)) == "pictures"
     with pytest.raises(WrongRequest, match="'vea'"):
         train(tmp_path, ["vea"], work=tmp_path)
+
+
+def test_what_a_stage_began_with_is_kept_for_when_it_is_asked_for_again(pictures: Cache, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    objective = VAEObjective(new_vae(VAE), pictures, None, VAE)
+    began = {name: value.clone() for name, value in objective.module.state_dict().items()}
+    _begun_with(objective, tmp_path / "decoder")
+    with torch.no_grad():
+        for weight in objective.module.parameters():
+            weight += 1
+    kept = _begun_with(objective, tmp_path / "decoder")
+    assert kept.keys() == began.keys()
+    assert all(torch.equal(kept[name], value) for name, value in began.items())
+    _mix(objective, kept, 0.25)
+    after = objective.module.state_dict()
+    assert all(torch.allclose(after[name], value + 0.25) for name, value in began.items())
