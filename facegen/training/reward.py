@@ -9,7 +9,8 @@ in each step, so that what pleases the recogniser stays a picture of this world.
 is painted from true pictures, one by latents and one by what the net of facts sees of it and the recogniser of its
 face, and their opinion of a walk's later places is a reward too (hinge loss, Lim & Ye, arXiv 1705.02894; on a few steps
 of diffusion, by what a frozen net sees: Sauer et al., arXiv 2311.17042): a squared error alone leaves hair and grounds
-in a haze. And what all nets see of painted pictures is drawn to where true ones lie as a whole. The judges of the evaluation are other nets.
+in a haze. And what all nets see of painted pictures is drawn to where true ones lie as a whole. The judges of the
+evaluation are other nets.
 """
 
 from __future__ import annotations
