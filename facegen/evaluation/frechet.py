@@ -14,7 +14,7 @@ def fid(found: Tensor, wanted: Tensor) -> float:
     """Fréchet distance of the normal distributions fitted to two sets, at least 0; small sets give too much."""
     a, b = (one.double() for one in (found, wanted))
     apart = (a.mean(0) - b.mean(0)).square().sum()
-    root = _root(_covariance(a))
+    root = root_of(_covariance(a))
     both = torch.linalg.eigvalsh(root @ _covariance(b) @ root).clamp(min=0).sqrt().sum()
     return max(0.0, float(apart + _covariance(a).trace() + _covariance(b).trace() - 2 * both))
 
@@ -29,7 +29,7 @@ def _covariance(x: Tensor) -> Tensor:
     return torch.cov(x.T, correction=1)
 
 
-def _root(matrix: Tensor) -> Tensor:
+def root_of(matrix: Tensor) -> Tensor:
     """The square root of a symmetric matrix without negative eigenvalues."""
     values, vectors = torch.linalg.eigh(matrix)
     return (vectors * values.clamp(min=0).sqrt()) @ vectors.T

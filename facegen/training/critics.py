@@ -6,7 +6,7 @@ painted.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -105,13 +105,14 @@ class Reach(nn.Module):
     @torch.no_grad()
     def carried(self, said: Tensor) -> Tensor:
         """Where painted pictures (B, size) would lie if they lay together as true ones do."""
+        from facegen.evaluation.frechet import root_of
+
         true, painted = (self.get_buffer(f"{name}_covariance").double() for name in ("true", "painted"))
         some = self.damping * true.diagonal().mean() * torch.eye(len(true), dtype=true.dtype, device=true.device)
         values, vectors = torch.linalg.eigh(painted + some)
         values = values.clamp_min(1e-12).sqrt()
         root, back = ((vectors * one) @ vectors.T for one in (values, 1 / values))
-        values, vectors = torch.linalg.eigh(root @ (true + some) @ root)
-        across = back @ (vectors * values.clamp_min(0).sqrt()) @ vectors.T @ back
+        across = back @ root_of(root @ (true + some) @ root) @ back
         away = said.double() - self.get_buffer("painted_mean").double()
         return (self.get_buffer("true_mean").double() + away @ across).to(said.dtype)
 
@@ -125,6 +126,21 @@ class Reach(nn.Module):
             return said.new_zeros(len(said))
         width = self.get_buffer("true_covariance").trace().clamp_min(1e-9)
         return (said - self.carried(said)).square().sum(1) / width
+
+
+class Reaches(nn.ModuleList):
+    """A :class:`Reach` for each of several things that are said of the same pictures."""
+
+    def __init__(self, sizes: Iterable[int]) -> None:
+        super().__init__(map(Reach, sizes))
+
+    def each(self) -> Iterator[Reach]:
+        return cast("Iterator[Reach]", iter(self))
+
+    def see(self, name: str, said: Iterable[Tensor]) -> None:
+        """Remember what is said of pictures, (B, size) each; name: "true" or "painted"."""
+        for reach, one in zip(self.each(), said, strict=True):
+            reach.see(name, one)
 
 
 def beholder_of(net: AttributeJudge | None, recogniser: RecogniserNet | None = None) -> Beholder:

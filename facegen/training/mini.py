@@ -144,9 +144,9 @@ def go_on_with(part: Literal["decoder", "autoencoder"]) -> Callable[[Workshop], 
             finished_teacher(shop), _painted_by_the_finished(shop) if part == "decoder" else None,
             _detector(shop),
         )  # fmt: skip
-        before = _begun_with(objective, shop.work / part)
+        before = _begun_with(objective, shop.work / part) if part == "decoder" else None
         measured = run(objective, shop.work / part, Budget(shop.steps(part)), VAE_SETTINGS)
-        if part == "decoder":
+        if before is not None:
             _mix(objective, before, settings.share)
         save_vae(vae, shop.output / "base" / "vae")
         record(part, measured, shop.output / "mini.json")

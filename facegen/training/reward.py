@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from facegen.face.networks import AMOUNTS, AttributeJudge, DetectorNet, RecogniserNet, facts_among
 from facegen.models.norms import quicken
-from facegen.training.critics import Critic, Reach, beholder_of, doubts, faces_seen, layers_of, unmoved, with_faces
+from facegen.training.critics import Critic, Reaches, beholder_of, doubts, faces_seen, layers_of, unmoved, with_faces
 from facegen.training.loop import Objective
 from facegen.training.reader import SIZES, disobedience, shares, unnamed
 from facegen.training.walks import LEVELS, guided, plain, rows_of, unasked, walk
@@ -122,6 +122,12 @@ def units_of(answers: Mapping[str, Tensor]) -> Tensor:
     return torch.stack([answers[name].sigmoid() if name in AMOUNTS else answers[name] for name in UNITS], 1)
 
 
+def wholes_of(answers: Mapping[str, Tensor], layers: Sequence[Tensor]) -> Iterator[Tensor]:
+    """What is said of pictures as wholes: :data:`UNITS`, (B, units), and each layer's mean over places, (B, C)."""
+    yield units_of(answers)
+    yield from (layer.float().mean((2, 3)) for layer in layers)
+
+
 class RewardObjective(Objective):
     """The lessons of :class:`DiffusionObjective`, and beside them the reward of the model's own pictures."""
 
@@ -141,7 +147,7 @@ class RewardObjective(Objective):
         self.critic = Critic(teaching.lessons.latents.shape[1])
         self.habits, self.beholder = Habits(), beholder_of(teacher, recogniser)
         # Of the units, and of what each of the beholder's layers sees.
-        self.reach = nn.ModuleList(map(Reach, (len(UNITS), *self.beholder.channels)))
+        self.reach = Reaches((len(UNITS), *self.beholder.channels))
         own = {"critic": self.critic, "habits": self.habits, "reach": self.reach, "beholder": self.beholder}
         self.module = nn.ModuleDict({**cast(nn.ModuleDict, teaching.module), **own})
         self.recogniser, self.detector = recogniser, detector
@@ -240,15 +246,15 @@ class RewardObjective(Objective):
                 with_faces(layers_of(self.teacher, one), faces_seen(self.recogniser, one, its))
                 for one, its in ((true, self.points(true)[0]), (painted, points))
             )
+            true_answers, end_answers = map(self._answers, (true_layers, end_layers))
         read = list(self._read(clean, answers))
         if read:
             told = [disobedience(one, batch.wanted) for one in read]
             said["amiss"] = (certain * torch.stack(told).mean(0)).mean()
             open_kinds = unnamed(batch.wanted)
             with torch.no_grad():
-                for name, latents, seen in (("true", batch.latents, true_layers), ("painted", end, end_layers)):
-                    shown = next(self._read(latents, self._answers(seen)))
-                    self.habits.see(name, shares(shown), open_kinds)
+                for name, latents, told_of in (("true", batch.latents, true_answers), ("painted", end, end_answers)):
+                    self.habits.see(name, shares(next(self._read(latents, told_of))), open_kinds)
             said["uneven"] = self.habits.uneven(shares(read[0]), open_kinds, settings.varied)
         hazes = settings.haze * torch.randn((2, *end.shape), generator=generator, device=generator.device)
         said["critic"] = doubts(self.critic(batch.latents + hazes[0]), self.critic(end + hazes[1]))
@@ -257,30 +263,21 @@ class RewardObjective(Objective):
             said["untrue"] = -unmoved(self.critic, clean + hazes[1]).mean()
         if layers:
             said["critic"] = said["critic"] + doubts(self.beholder(true_layers), self.beholder(end_layers))
-            for name, seen in (("true", true_layers), ("painted", end_layers)):
-                for reach, whole in zip(self._reaches(), self._wholes(seen), strict=True):
-                    reach.see(name, whole)
-            units, *wholes = (
+            self.reach.see("true", wholes_of(true_answers, true_layers))
+            self.reach.see("painted", wholes_of(end_answers, end_layers))
+            away = (
                 (certain * reach.astray(whole)).mean()
-                for reach, whole in zip(self._reaches(), self._wholes(layers), strict=True)
+                for reach, whole in zip(self.reach.each(), wholes_of(answers, layers), strict=True)
             )
-            said["narrow"] = units
+            said["narrow"] = next(away)
             if judged:
                 said["unreal"] = -unmoved(self.beholder, layers).mean()
-                said["astray"] = torch.stack(wholes).mean()
+                said["astray"] = torch.stack(list(away)).mean()
         return said
 
     def _answers(self, layers: Sequence[Tensor]) -> Mapping[str, Tensor]:
         """What the teacher says by what its layers see, which come first; nothing without a teacher."""
         return {} if self.teacher is None else self.teacher.answers(layers[len(self.teacher.body) - 1])
-
-    def _reaches(self) -> Iterator[Reach]:
-        return cast("Iterator[Reach]", iter(self.reach))
-
-    def _wholes(self, layers: Sequence[Tensor]) -> Iterator[Tensor]:
-        """What is said of pictures as wholes, (B, size) for each of the reaches."""
-        yield units_of(self._answers(layers))
-        yield from (layer.float().mean((2, 3)) for layer in layers)
 
     def _read(self, latents: Tensor, answers: Mapping[str, Tensor]) -> Iterator[Tensor]:
         """What a picture shows, logits (B, values of all kinds), by each net that reads here, one after the other.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
@@ -16,7 +16,7 @@ from facegen.face.networks import AttributeJudge, DetectorNet, RecogniserNet
 from facegen.face.warp import aligned_crops
 from facegen.models.norms import quicken
 from facegen.training.cache import Cache, shuffled
-from facegen.training.critics import Beholder, Reach, beholder_of, doubts, faces_seen, unmoved, with_faces
+from facegen.training.critics import Beholder, Reaches, beholder_of, doubts, faces_seen, unmoved, with_faces
 from facegen.training.loop import Objective
 from facegen.training.objectives.reconstruction import feature_loss, reconstruction_loss
 from facegen.world.shading import PARSING
@@ -220,7 +220,7 @@ class DecoderObjective(VAEObjective):
         # Of what is seen the pixels come first: what is blurred shows nowhere else as well.
         channels = () if painted is None else (3, *beholder_of(teacher, recogniser).channels)
         self.beholder = Beholder(channels)
-        self.reach = nn.ModuleList(map(Reach, self.beholder.channels))
+        self.reach = Reaches(self.beholder.channels)
         self.module.update({"beholder": self.beholder, "reach": self.reach})
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -299,11 +299,10 @@ class DecoderObjective(VAEObjective):
             said["critic"] = torch.stack(doubted).mean()
             crisp = [unmoved(self.beholder, own).mean() for own in (rebuilt, painted)]
             said["crisp"] = -settings.crisp * crisp[0] - settings.crisp_painted * crisp[1]
-            astray = []
-            for reach, a, b in zip(cast("Iterable[Reach]", self.reach), true, painted, strict=True):
-                reach.see("true", a.mean((2, 3)))
-                reach.see("painted", b.detach().mean((2, 3)))
-                astray.append(reach.astray(b.mean((2, 3))).mean())
+            wholes = [one.mean((2, 3)) for one in painted]
+            self.reach.see("true", [one.mean((2, 3)) for one in true])
+            self.reach.see("painted", wholes)
+            astray = [reach.astray(one).mean() for reach, one in zip(self.reach.each(), wholes, strict=True)]
             said["astray"] = settings.whole * torch.stack(astray).mean()
         return said
 

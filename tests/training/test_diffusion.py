@@ -14,7 +14,6 @@ from facegen.conditions import ControlCondition, TokenCondition
 from facegen.errors import WrongRequest
 from facegen.face.networks import AttributeJudge, DetectorNet, RecogniserNet
 from facegen.training.cache import Cache
-from facegen.training.critics import Reach
 from facegen.training.diffusion import (
     SCHEDULER,
     SELDOM,
@@ -156,8 +155,7 @@ def test_a_decoder_learns_to_make_of_painted_latents_what_looks_true(pictures: C
     generator = torch.Generator().manual_seed(1)
     batch = objective.batch(0, generator)
     assert batch["painted"].shape == (settings.decoder_batch, 4, 16, 16)
-    for reach in objective.reach.children():
-        assert isinstance(reach, Reach)
+    for reach in objective.reach.each():
         reach.memory = len(batch["painted"])  # else it says nothing of so few
 
     def moved(name: str) -> set[str]:

@@ -217,7 +217,7 @@ def test_the_teacher_sees_how_alike_pictures_are(taught: RewardObjective, part: 
     some = taught._chosen(_batch(taught, "prompt"))  # type: ignore[arg-type]
     taught.settings = replace(taught.settings, last=1.0)  # at the walk's last place all is judged
     assert taught.reward(some, torch.Generator().manual_seed(4))[part] == 0  # few have been seen
-    for reach in taught._reaches():
+    for reach in taught.reach.each():
         size = len(reach.get_buffer("true_mean"))
         for name, spread in (("true", 1.0), ("painted", 0.5)):
             reach.see(name, spread * torch.randn((reach.memory, size), generator=torch.Generator().manual_seed(1)))
