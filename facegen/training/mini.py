@@ -52,6 +52,7 @@ STEPS: Mapping[str, int] = {
     "diffusion": 29600,
     "critic": 600,
     "reward": 7300,
+    "tokens": 1400,
     "instantid": 4700,
     "instantid reward": 1200,
 }
@@ -66,6 +67,9 @@ READER_SETTINGS = LoopSettings(learning_rate=2e-3, weight_decay=0.05, bfloat16=T
 WORDS_SETTINGS = LoopSettings(learning_rate=1e-3, weight_decay=0.01, bfloat16=True, seed=10)
 DIFFUSION_SETTINGS = LoopSettings(
     learning_rate=8e-4, warmup=150, weight_decay=0.01, average=0.998, bfloat16=True, seed=7
+)
+TOKENS_SETTINGS = LoopSettings(
+    learning_rate=1.5e-3, warmup=100, weight_decay=1e-3, final_rate=0.02, average=0.99, seed=12
 )
 CRITIC_SETTINGS = LoopSettings(learning_rate=1e-3, warmup=20, final_rate=0.2, average=0.99, seed=40)
 REWARD_SETTINGS = replace(DIFFUSION_SETTINGS, learning_rate=3e-4, warmup=40, average=0.99, seed=41)
@@ -265,7 +269,10 @@ def _instantid_objective(shop: Workshop) -> DiffusionObjective:
     _wear(before, shop, "diffusion")
     settings = replace(before.settings, ways={"instantid": 1.0}, base=False)
     adapters = new_adapters(before.model, before.lessons.embeddings.shape[1], settings)
-    return DiffusionObjective(before.model, adapters, before.lessons, settings, before.held_out, before.reader)
+    objective = DiffusionObjective(before.model, adapters, before.lessons, settings, before.held_out, before.reader)
+    if (shop.work / "tokens" / STATE).exists():
+        wear_average(objective.module, shop.work / "tokens", only="instantid.")
+    return objective
 
 
 def finished_reader(shop: Workshop, lessons: Lessons) -> LatentReader:
@@ -367,6 +374,28 @@ def train_reward(shop: Workshop) -> None:
     objective = _diffusion_objective(shop)
     _wear(objective, shop, "diffusion", rewarded=False)
     _rewarded(objective, shop, "diffusion")
+
+
+def train_tokens(shop: Workshop) -> None:
+    """InstantID takes over what IP-Adapter-FaceID has learnt to say of faces."""
+    from facegen.adapters.instantid import InstantID
+    from facegen.adapters.ip_adapter_faceid import IPAdapterFaceID
+    from facegen.training.diffusion import new_adapters
+    from facegen.training.tokens import TokensObjective
+
+    before = _diffusion_objective(shop)
+    _wear(before, shop, "diffusion")
+    master, lessons, held_out = before.adapters["ip_adapter_faceid"], before.lessons, before.held_out
+    settings = replace(before.settings, ways={"instantid": 1.0})
+    pupil = new_adapters(before.model, lessons.embeddings.shape[1], settings)["instantid"]
+    objective = TokensObjective(
+        cast(InstantID, pupil),
+        cast(IPAdapterFaceID, master),
+        lessons.embeddings,
+        None if held_out is None else held_out.embeddings,
+    )
+    measured = run(objective, shop.work / "tokens", Budget(shop.steps("tokens")), TOKENS_SETTINGS)
+    record("tokens", measured, shop.output / "mini.json")
 
 
 def train_instantid(shop: Workshop) -> None:
@@ -508,6 +537,7 @@ STAGES: Mapping[str, Callable[[Workshop], None]] = {
     "diffusion": train_diffusion,
     "critic": train_critic,
     "reward": train_reward,
+    "tokens": train_tokens,
     "instantid": train_instantid,
 }
 EXTRA: Mapping[str, Callable[[Workshop], None]] = {

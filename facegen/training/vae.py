@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,16 @@ from facegen.face.networks import AttributeJudge, DetectorNet, RecogniserNet
 from facegen.face.warp import aligned_crops
 from facegen.models.norms import quicken
 from facegen.training.cache import Cache, shuffled
-from facegen.training.critics import Beholder, Reaches, beholder_of, doubts, faces_seen, unmoved, with_faces
+from facegen.training.critics import (
+    Beholder,
+    PixelCritic,
+    Reaches,
+    beholder_of,
+    doubts,
+    faces_seen,
+    unmoved,
+    with_faces,
+)
 from facegen.training.loop import Objective
 from facegen.training.objectives.reconstruction import feature_loss, reconstruction_loss
 from facegen.world.shading import PARSING
@@ -42,6 +52,9 @@ class VAESettings:
     facts: float = 0.6  # weight of how differently it tells what is shown
     crisp: float = 0.05  # weight of how painted a critic finds what is decoded, where there are painted latents, …
     crisp_painted: float = 0.2  # … and of these alone
+    texture: float = 0.08  # weight of how painted the critic of pixels finds what is rebuilt, …
+    texture_painted: float = 0.04  # … and what is decoded of painted latents
+    held: float = 0.5  # weight of how far this goes, but for what is fine, from what the decoder made of them before
     whole: float = 0.5  # weight of how far what is decoded of them lies from where true pictures lie as a whole
     share: float = 0.4  # how far a decoder that goes on alone goes towards what it has learnt from its critic
     moved: float = 0.05  # weight of how far latents of a finished encoder move, where it goes on
@@ -215,27 +228,29 @@ class DecoderObjective(VAEObjective):
         self.parsing = pictures.whole("parsing")  # (N, H, W) uint8
         self.module = nn.ModuleDict({name: vae.get_submodule(name) for name in self.parts})
         vae.requires_grad_(False)
+        self.before = None if painted is None else copy.deepcopy(vae).eval()
         self.module.requires_grad_(True)
         quicken(self.module)
-        # Of what is seen the pixels come first: what is blurred shows nowhere else as well.
-        channels = () if painted is None else (3, *beholder_of(teacher, recogniser).channels)
-        self.beholder = Beholder(channels)
+        # Strands, stubble and freckles are finer than what other nets' layers keep: pixels have a critic of their own.
+        self.beholder = Beholder(()) if painted is None else beholder_of(teacher, recogniser)
+        self.texture = PixelCritic() if painted is not None else None
         self.reach = Reaches(self.beholder.channels)
-        self.module.update({"beholder": self.beholder, "reach": self.reach})
+        self.critics = nn.ModuleList([self.beholder] if self.texture is None else [self.beholder, self.texture])
+        self.module.update({"critics": self.critics, "reach": self.reach})
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Muon moves the convolutions between blocks; what leads in and out, and all vectors, AdamW."""
         groups: dict[bool, list[Tensor]] = {True: [], False: []}
         for name, weight in self.module.named_parameters():
-            if not name.startswith("beholder."):
+            if not name.startswith("critics."):
                 inside = weight.ndim > 1 and "_block" in name
                 groups[inside].append(weight)
         own = [{"params": weights, "muon": inside} for inside, weights in groups.items()]
-        critic = list(self.beholder.parameters())
-        return [*own, {"params": critic}] if critic else own
+        critic = list(self.critics.parameters())
+        return [*own, {"params": critic, "scale": 3.0}] if critic else own
 
     def helpers(self) -> Sequence[nn.Module]:
-        some = (self.teacher, self.detector)
+        some = (self.teacher, self.detector, self.before)
         return [self.vae, *super().helpers(), *(net for net in some if net is not None)]
 
     def batch(self, step: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -259,7 +274,12 @@ class DecoderObjective(VAEObjective):
         if self.teacher is not None:
             made = found[:0]
             if self.painted is not None:
-                made = cast(Any, self.vae).decode(batch["painted"].float()).sample.float()
+                painted = batch["painted"].float()
+                made = cast(Any, self.vae).decode(painted).sample.float()
+                with torch.no_grad():
+                    were = cast(Any, self.before).decode(painted).sample.float()
+                # No error holds these, and a decoder scribbles to please: only what is fine is free.
+                said["strayed"] = self.settings.held * F.l1_loss(F.avg_pool2d(made, 4), F.avg_pool2d(were, 4))
             said |= self.told(self.teacher, found, images, made, batch["points"])
         return {"loss": loss + sum(said.values()), "rebuilt": rebuilt, "face": face, **said}
 
@@ -290,7 +310,7 @@ class DecoderObjective(VAEObjective):
             with torch.no_grad():
                 points = torch.cat([points, points, strongest(self.detector, (made / 2 + 0.5).clamp(0, 1))[0]])
             parts = [len(found), len(found), len(made)]
-            layers = [every, *with_faces(layers, faces_seen(self.recogniser, every / 2 + 0.5, points))]
+            layers = with_faces(layers, faces_seen(self.recogniser, every / 2 + 0.5, points))
             rebuilt, true, painted = ([one.split(parts)[part] for one in layers] for part in range(3))
             true = [one.detach() for one in true]
             doubted = [
@@ -299,6 +319,12 @@ class DecoderObjective(VAEObjective):
             said["critic"] = torch.stack(doubted).mean()
             crisp = [unmoved(self.beholder, own).mean() for own in (rebuilt, painted)]
             said["crisp"] = -settings.crisp * crisp[0] - settings.crisp_painted * crisp[1]
+            assert self.texture is not None
+            true_pixels = self.texture(images)
+            doubted = [doubts(true_pixels, self.texture(one.detach())) for one in (found, made)]
+            said["critic"] = said["critic"] + torch.stack(doubted).mean()
+            fine = [unmoved(self.texture, one).mean() for one in (found, made)]
+            said["texture"] = -settings.texture * fine[0] - settings.texture_painted * fine[1]
             wholes = [one.mean((2, 3)) for one in painted]
             self.reach.see("true", [one.mean((2, 3)) for one in true])
             self.reach.see("painted", wholes)

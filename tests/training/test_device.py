@@ -31,6 +31,7 @@ from facegen.training.perception import STAGES
 from facegen.training.reader import LatentReader, LatentReaderObjective, ReaderSettings, WordsObjective
 from facegen.training.reward import RewardObjective, RewardSettings
 from facegen.training.shapes import ShapeReaderObjective, new_reader
+from facegen.training.tokens import TokensObjective
 from facegen.training.vae import AutoencoderObjective, DecoderObjective, VAEObjective, VAESettings, encode_all, new_vae
 from tests.training.pretended import GPU, Generator, pretended_gpu
 
@@ -76,6 +77,10 @@ class Bench:
     @property
     def lessons(self) -> Lessons:
         return self.taught().lessons
+
+    def tokens(self) -> TokensObjective:
+        adapters = self.taught(queries=4).adapters
+        return TokensObjective(adapters["instantid"], adapters["ip_adapter_faceid"], self.lessons.embeddings)  # type: ignore[arg-type]
 
     def swap(self) -> SwapObjective:
         base = self.taught()
@@ -135,6 +140,7 @@ OBJECTIVES: Mapping[str, Callable[[Bench], Objective]] = {
     ),
     "prompt": lambda bench: bench.way("prompt"),
     "ip_adapter_faceid": lambda bench: bench.way("ip_adapter_faceid"),
+    "tokens": lambda bench: bench.tokens(),
     "instantid": lambda bench: bench.taught(ways={"instantid": 1.0}, base=False),
     "reward": rewarded,
     "critic": lambda bench: BeholderObjective(

@@ -14,6 +14,7 @@ from facegen.conditions import ControlCondition, TokenCondition
 from facegen.errors import WrongRequest
 from facegen.face.networks import AttributeJudge, DetectorNet, RecogniserNet
 from facegen.training.cache import Cache
+from facegen.training.critics import PixelCritic, doubts, unmoved
 from facegen.training.diffusion import (
     SCHEDULER,
     SELDOM,
@@ -166,15 +167,43 @@ def test_a_decoder_learns_to_make_of_painted_latents_what_looks_true(pictures: C
     def _touched(one: torch.nn.Module) -> list[bool]:
         return [bool(weight.grad.any()) for weight in one.parameters() if weight.grad is not None]
 
-    assert moved("critic") == {"beholder"}
-    assert moved("crisp") == moved("astray") == {"decoder", "post_quant_conv"}
-    optimizer = torch.optim.AdamW(objective.beholder.parameters(), lr=3e-3)
+    assert moved("critic") == {"critics"}
+    assert moved("crisp") == moved("texture") == moved("astray") == {"decoder", "post_quant_conv"}
+    optimizer = torch.optim.AdamW(objective.critics.parameters(), lr=3e-3)
     critic = told_by_step((objective, batch, optimizer), ("critic",), 12)
     assert critic[-1][0] < 0.9 * critic[0][0]
     crisp = told_by_step((objective, batch, torch.optim.AdamW(vae.decoder.parameters(), lr=2e-3)), ("crisp",), 6)
     assert crisp[-1][0] < crisp[0][0]
+    # Whatever it learnt of these has moved them, coarsely too, and that is held against it.
+    back = told_by_step((objective, batch, torch.optim.AdamW(vae.decoder.parameters(), lr=1e-4)), ("strayed",), 6)
+    assert back[-1][0] < back[0][0]
     astray = told_by_step((objective, batch, torch.optim.AdamW(vae.decoder.parameters(), lr=2e-3)), ("astray",), 6)
     assert astray[-1][0] < astray[0][0]
+
+
+def test_the_critic_of_pixels_tells_strands_from_their_mean() -> None:
+    """What is finer than two pixels is all that differs: no mean over squares of them would show it."""
+    torch.manual_seed(0)
+    critic = PixelCritic(widths=(8, 8, 8))
+    optimizer = torch.optim.AdamW(critic.parameters(), lr=5e-3)
+
+    def surfaces() -> tuple[torch.Tensor, torch.Tensor]:
+        flat = torch.rand(16, 3, 1, 1).expand(16, 3, 32, 32)
+        return flat + 0.1 * (-1) ** torch.arange(32), flat
+
+    for _ in range(150):
+        loss = doubts(*map(critic, surfaces()))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    strands, flat = surfaces()
+    assert critic(strands).shape == (16, 1, 4, 4)
+    assert (critic(strands).mean((1, 2, 3)) > critic(flat).mean((1, 2, 3)).max()).all()
+    softened = flat.clone().requires_grad_()
+    unmoved(critic, softened).mean().backward()
+    assert softened.grad is not None
+    assert all(weight.grad is not None for weight in critic.parameters())
+    assert critic(flat + 0.1 * softened.grad.sign()).mean() > critic(flat).mean()  # and it says what would be truer
 
 
 def test_eyes_weigh_most_and_every_picture_the_same(pictures: Cache) -> None:
