@@ -25,6 +25,7 @@ from facegen.world.sampling import HELD_OUT_FROM
 
 if TYPE_CHECKING:
     from facegen.adapters.arc2face import Arc2Face
+    from facegen.adapters.instantid import InstantID
     from facegen.face.networks import AttributeJudge, DetectorNet, RecogniserNet
     from facegen.models.base import Model
     from facegen.models.sd15 import SD15Model
@@ -44,14 +45,14 @@ STEPS: Mapping[str, int] = {
     "points": 1500,
     "points68": 1000,
     "vae": 12000,
-    "decoder": 4000,
+    "decoder": 5600,
     "autoencoder": 12000,
     "teacher": 6800,
     "reader": 6600,
     "words": 1600,
     "diffusion": 29600,
     "critic": 600,
-    "reward": 7300,
+    "reward": 7900,
     "tokens": 1400,
     "instantid": 4700,
     "instantid reward": 1200,
@@ -272,6 +273,10 @@ def _instantid_objective(shop: Workshop) -> DiffusionObjective:
     objective = DiffusionObjective(before.model, adapters, before.lessons, settings, before.held_out, before.reader)
     if (shop.work / "tokens" / STATE).exists():
         wear_average(objective.module, shop.work / "tokens", only="instantid.")
+        # What IP-Adapter-FaceID has learnt together with the base is better than what can be learnt beside it.
+        pupil = cast("InstantID", objective.adapters["instantid"])
+        pupil.projector.requires_grad_(False)
+        pupil.streams.requires_grad_(False)
     return objective
 
 
@@ -399,7 +404,8 @@ def train_tokens(shop: Workshop) -> None:
 
 
 def train_instantid(shop: Workshop) -> None:
-    """InstantID, the base model staying as it is: its lessons, then the reward of its own pictures; then written."""
+    """InstantID's IdentityNet, all else staying as it is: its lessons, then the reward of its own pictures; then
+    written."""
     objective = _instantid_objective(shop)
     measured = run(objective, shop.work / "instantid", Budget(shop.steps("instantid")), DIFFUSION_SETTINGS)
     record("instantid", measured, shop.output / "mini.json")

@@ -47,11 +47,12 @@ class TokensObjective(Objective):
         self.module.requires_grad_(False)
         self.projector.requires_grad_(True)
         theirs, share = master.streams.state_dict(), master.strength / pupil.strength
+        sizes = master.projector.get_submodule("norm").state_dict()  # how large tokens are
         with torch.no_grad():
             for name, value in pupil.streams.state_dict().items():
                 value.copy_(theirs[name] * (share if "to_v" in name else 1))
-            for name, value in self.projector.norm_out.state_dict().items():  # how large tokens are
-                value.copy_(master.projector.norm.state_dict()[name])
+            for name, value in self.projector.norm_out.state_dict().items():
+                value.copy_(sizes[name])
 
     def helpers(self) -> list[nn.Module]:
         return [self.master.modules()]

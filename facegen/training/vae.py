@@ -50,13 +50,13 @@ class VAESettings:
     decoder_face: float = 0.5
     look: float = 2.0  # weight of what the teacher of attributes sees, where there is one
     facts: float = 0.6  # weight of how differently it tells what is shown
-    crisp: float = 0.05  # weight of how painted a critic finds what is decoded, where there are painted latents, …
-    crisp_painted: float = 0.2  # … and of these alone
+    crisp: float = 0.03  # weight of how painted a critic finds what is decoded, where there are painted latents, …
+    crisp_painted: float = 0.015  # … and of these alone
     texture: float = 0.08  # weight of how painted the critic of pixels finds what is rebuilt, …
     texture_painted: float = 0.04  # … and what is decoded of painted latents
-    held: float = 0.5  # weight of how far this goes, but for what is fine, from what the decoder made of them before
-    whole: float = 0.5  # weight of how far what is decoded of them lies from where true pictures lie as a whole
-    share: float = 0.4  # how far a decoder that goes on alone goes towards what it has learnt from its critic
+    held: float = 1.0  # weight of how far this goes, but for what is fine, from what the decoder made of them before
+    whole: float = 0.25  # weight of how far what is decoded of them lies from where true pictures lie as a whole
+    share: float = 0.85  # how far a decoder that goes on alone goes towards what it has learnt from its critic
     moved: float = 0.05  # weight of how far latents of a finished encoder move, where it goes on
     seed: int = 8
 
