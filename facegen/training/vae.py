@@ -201,9 +201,10 @@ class DecoderObjective(VAEObjective):
     What is small and matters weighs more than in the first lesson (:data:`DETAILS`). With ``teacher`` the rebuilt
     picture must also look the same, and show the same facts, to a net that has learnt to tell them (perceptual loss,
     Johnson et al. 2016): an error alone leaves a moustache half there. With ``painted``, latents (N, C, h, w) of the
-    finished model's own pictures, a critic learns beside that sees through the teacher, and faces (which the detector
-    finds) through the recogniser; what is decoded of them and of the kept latents must look true to it, and lie as a
-    whole where true pictures do: what a model paints is never quite what the encoder would have said.
+    finished model's own pictures, two critics learn beside: one sees through the teacher, and faces (which the detector
+    finds) through the recogniser, the other the pixels. What is decoded of them and of the kept latents must look true
+    to both, and lie as a whole where true pictures do: what a model paints is never quite what the encoder would have
+    said. But for what is fine it must stay as it was decoded before.
     """
 
     name = "decoder"
@@ -231,6 +232,8 @@ class DecoderObjective(VAEObjective):
         self.before = None if painted is None else copy.deepcopy(vae).eval()
         self.module.requires_grad_(True)
         quicken(self.module)
+        if self.before is not None:
+            quicken(self.before)
         # Strands, stubble and freckles are finer than what other nets' layers keep: pixels have a critic of their own.
         self.beholder = Beholder(()) if painted is None else beholder_of(teacher, recogniser)
         self.texture = PixelCritic() if painted is not None else None
