@@ -17,6 +17,7 @@ from facegen.face.networks import AttributeJudge, DetectorNet, RecogniserNet
 from facegen.face.warp import aligned_crops
 from facegen.models.norms import quicken
 from facegen.training.loop import Objective
+from facegen.training.objectives.reconstruction import mean_around
 
 if TYPE_CHECKING:
     from facegen.models.base import Model
@@ -54,8 +55,8 @@ class PixelCritic(Critic):
         self.enlarged = enlarged
 
     def forward(self, pictures: Tensor) -> Tensor:
-        around = F.avg_pool2d(F.pad(pictures, (1, 1, 1, 1), mode="replicate"), 3, 1)
-        seen = torch.cat([pictures, self.enlarged * (pictures - around)], 1)
+        fine = pictures - mean_around(pictures)
+        seen = torch.cat([pictures, self.enlarged * fine], 1)
         return super().forward(F.pixel_unshuffle(seen, 2))
 
 
@@ -160,6 +161,10 @@ class Reaches(nn.ModuleList):
         for reach, one in zip(self.each(), said, strict=True):
             reach.see(name, one)
 
+    def astray(self, said: Iterable[Tensor]) -> Iterator[Tensor]:
+        """By each, as it is asked for: how far pictures lie from where they would lie as true ones do, (B,)."""
+        return (reach.astray(one) for reach, one in zip(self.each(), said, strict=True))
+
 
 def beholder_of(net: AttributeJudge | None, recogniser: RecogniserNet | None = None) -> Beholder:
     """One that sees through this net, and faces through the recogniser, if given; of no heads without any net."""
@@ -249,6 +254,21 @@ class BeholderObjective(Objective):
 def doubts(true: Tensor, painted: Tensor) -> Tensor:
     """A critic's loss by its opinions (hinge)."""
     return (1 - true).relu().mean() + (1 + painted).relu().mean()
+
+
+def opinions(critic: nn.Module, true: Any, painted: Sequence[Any], weights: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """A critic's own loss, the mean over several ways of painting, and how painted it finds them, weighed.
+
+    true, painted: what it sees, as it takes it. The loss moves nothing but the critic, the opinion everything else.
+    """
+
+    def still(seen: Any) -> Any:
+        return seen.detach() if isinstance(seen, Tensor) else [one.detach() for one in seen]
+
+    of_true = critic(still(true))
+    own = torch.stack([doubts(of_true, critic(still(one))) for one in painted]).mean()
+    parts = [-weight * unmoved(critic, one).mean() for weight, one in zip(weights, painted, strict=True)]
+    return own, torch.stack(parts).sum()
 
 
 def unmoved(critic: nn.Module, seen: Any) -> Tensor:

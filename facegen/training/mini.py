@@ -24,12 +24,14 @@ from facegen.training.record import MINI, record
 from facegen.world.sampling import HELD_OUT_FROM
 
 if TYPE_CHECKING:
+    from facegen.adapter import Adapter
     from facegen.adapters.arc2face import Arc2Face
     from facegen.adapters.instantid import InstantID
+    from facegen.adapters.ip_adapter_faceid import IPAdapterFaceID
     from facegen.face.networks import AttributeJudge, DetectorNet, RecogniserNet
     from facegen.models.base import Model
     from facegen.models.sd15 import SD15Model
-    from facegen.training.diffusion import DiffusionObjective, Lessons
+    from facegen.training.diffusion import DiffusionObjective, DiffusionSettings, Lessons
     from facegen.training.reader import LatentReader
 
 logger = logging.getLogger(__name__)
@@ -262,14 +264,21 @@ def _diffusion_objective(shop: Workshop) -> DiffusionObjective:
     return objective
 
 
-def _instantid_objective(shop: Workshop) -> DiffusionObjective:
-    """InstantID beside the base model of the last stage, whose UNet its IdentityNet begins as a copy of."""
-    from facegen.training.diffusion import DiffusionObjective, new_adapters
+def _with_instantid(shop: Workshop) -> tuple[DiffusionObjective, DiffusionSettings, dict[str, Adapter]]:
+    """What the last stage made, and InstantID beside it, untaught, with the settings of its lessons."""
+    from facegen.training.diffusion import new_adapters
 
     before = _diffusion_objective(shop)
     _wear(before, shop, "diffusion")
     settings = replace(before.settings, ways={"instantid": 1.0}, base=False)
-    adapters = new_adapters(before.model, before.lessons.embeddings.shape[1], settings)
+    return before, settings, new_adapters(before.model, before.lessons.embeddings.shape[1], settings)
+
+
+def _instantid_objective(shop: Workshop) -> DiffusionObjective:
+    """InstantID beside the base model of the last stage, whose UNet its IdentityNet begins as a copy of."""
+    from facegen.training.diffusion import DiffusionObjective
+
+    before, settings, adapters = _with_instantid(shop)
     objective = DiffusionObjective(before.model, adapters, before.lessons, settings, before.held_out, before.reader)
     if (shop.work / "tokens" / STATE).exists():
         wear_average(objective.module, shop.work / "tokens", only="instantid.")
@@ -383,21 +392,14 @@ def train_reward(shop: Workshop) -> None:
 
 def train_tokens(shop: Workshop) -> None:
     """InstantID takes over what IP-Adapter-FaceID has learnt to say of faces."""
-    from facegen.adapters.instantid import InstantID
-    from facegen.adapters.ip_adapter_faceid import IPAdapterFaceID
-    from facegen.training.diffusion import new_adapters
     from facegen.training.tokens import TokensObjective
 
-    before = _diffusion_objective(shop)
-    _wear(before, shop, "diffusion")
-    master, lessons, held_out = before.adapters["ip_adapter_faceid"], before.lessons, before.held_out
-    settings = replace(before.settings, ways={"instantid": 1.0})
-    pupil = new_adapters(before.model, lessons.embeddings.shape[1], settings)["instantid"]
+    before, _, adapters = _with_instantid(shop)
     objective = TokensObjective(
-        cast(InstantID, pupil),
-        cast(IPAdapterFaceID, master),
-        lessons.embeddings,
-        None if held_out is None else held_out.embeddings,
+        cast("InstantID", adapters["instantid"]),
+        cast("IPAdapterFaceID", before.adapters["ip_adapter_faceid"]),
+        before.lessons.embeddings,
+        None if before.held_out is None else before.held_out.embeddings,
     )
     measured = run(objective, shop.work / "tokens", Budget(shop.steps("tokens")), TOKENS_SETTINGS)
     record("tokens", measured, shop.output / "mini.json")

@@ -22,6 +22,7 @@ from facegen.face.networks import PlainBlock
 from facegen.training.cache import shuffled
 from facegen.training.loop import Objective
 from facegen.training.muon import muon_groups
+from facegen.training.objectives.reconstruction import mean_around
 from facegen.world.captions import UNKNOWN, caption, parse_prompt
 from facegen.world.facts import FACTS, accepted, labels
 from facegen.world.parameters import Scenes
@@ -133,8 +134,7 @@ class ReaderSettings:
 def worn(latents: Tensor, settings: ReaderSettings, generator: torch.Generator) -> Tensor:
     """Blurred and noisy: estimates from noise are no clean latents."""
     roll = torch.rand(2, len(latents), 1, 1, 1, generator=generator, device=generator.device)
-    blurred = F.avg_pool2d(F.pad(latents, (1, 1, 1, 1), mode="replicate"), 3, 1)
-    latents = latents.lerp(blurred, roll[0].square() * settings.blur)
+    latents = latents.lerp(mean_around(latents), roll[0].square() * settings.blur)
     noise = torch.randn(latents.shape, generator=generator, device=generator.device)
     return (latents + roll[1].square() * settings.noise * noise).contiguous(memory_format=torch.channels_last)
 

@@ -265,10 +265,7 @@ class RewardObjective(Objective):
             said["critic"] = said["critic"] + doubts(self.beholder(true_layers), self.beholder(end_layers))
             self.reach.see("true", wholes_of(true_answers, true_layers))
             self.reach.see("painted", wholes_of(end_answers, end_layers))
-            away = (
-                (certain * reach.astray(whole)).mean()
-                for reach, whole in zip(self.reach.each(), wholes_of(answers, layers), strict=True)
-            )
+            away = ((certain * one).mean() for one in self.reach.astray(wholes_of(answers, layers)))
             said["narrow"] = next(away)
             if judged:
                 said["unreal"] = -unmoved(self.beholder, layers).mean()

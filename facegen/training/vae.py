@@ -22,9 +22,8 @@ from facegen.training.critics import (
     PixelCritic,
     Reaches,
     beholder_of,
-    doubts,
     faces_seen,
-    unmoved,
+    opinions,
     with_faces,
 )
 from facegen.training.loop import Objective
@@ -235,10 +234,9 @@ class DecoderObjective(VAEObjective):
         if self.before is not None:
             quicken(self.before)
         # Strands, stubble and freckles are finer than what other nets' layers keep: pixels have a critic of their own.
-        self.beholder = Beholder(()) if painted is None else beholder_of(teacher, recogniser)
-        self.texture = PixelCritic() if painted is not None else None
-        self.reach = Reaches(self.beholder.channels)
-        self.critics = nn.ModuleList([self.beholder] if self.texture is None else [self.beholder, self.texture])
+        beholder = Beholder(()) if painted is None else beholder_of(teacher, recogniser)
+        self.reach = Reaches(beholder.channels)
+        self.critics = nn.ModuleDict({} if painted is None else {"layers": beholder, "pixels": PixelCritic()})
         self.module.update({"critics": self.critics, "reach": self.reach})
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -312,27 +310,20 @@ class DecoderObjective(VAEObjective):
             assert self.detector is not None
             with torch.no_grad():
                 points = torch.cat([points, points, strongest(self.detector, (made / 2 + 0.5).clamp(0, 1))[0]])
-            parts = [len(found), len(found), len(made)]
             layers = with_faces(layers, faces_seen(self.recogniser, every / 2 + 0.5, points))
+            parts = [len(found), len(found), len(made)]
             rebuilt, true, painted = ([one.split(parts)[part] for one in layers] for part in range(3))
-            true = [one.detach() for one in true]
-            doubted = [
-                doubts(self.beholder(true), self.beholder([one.detach() for one in own])) for own in (rebuilt, painted)
-            ]
-            said["critic"] = torch.stack(doubted).mean()
-            crisp = [unmoved(self.beholder, own).mean() for own in (rebuilt, painted)]
-            said["crisp"] = -settings.crisp * crisp[0] - settings.crisp_painted * crisp[1]
-            assert self.texture is not None
-            true_pixels = self.texture(images)
-            doubted = [doubts(true_pixels, self.texture(one.detach())) for one in (found, made)]
-            said["critic"] = said["critic"] + torch.stack(doubted).mean()
-            fine = [unmoved(self.texture, one).mean() for one in (found, made)]
-            said["texture"] = -settings.texture * fine[0] - settings.texture_painted * fine[1]
+            of_layers, crisp = opinions(
+                self.critics["layers"], true, (rebuilt, painted), (settings.crisp, settings.crisp_painted)
+            )
+            of_pixels, texture = opinions(
+                self.critics["pixels"], images, (found, made), (settings.texture, settings.texture_painted)
+            )
+            said |= {"critic": of_layers + of_pixels, "crisp": crisp, "texture": texture}
             wholes = [one.mean((2, 3)) for one in painted]
             self.reach.see("true", [one.mean((2, 3)) for one in true])
             self.reach.see("painted", wholes)
-            astray = [reach.astray(one).mean() for reach, one in zip(self.reach.each(), wholes, strict=True)]
-            said["astray"] = settings.whole * torch.stack(astray).mean()
+            said["astray"] = settings.whole * torch.stack([one.mean() for one in self.reach.astray(wholes)]).mean()
         return said
 
     def seen(self, latents: Tensor, images: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:

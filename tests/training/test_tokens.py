@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,24 +14,19 @@ from torch import Tensor
 from facegen.adapters.instantid import InstantID
 from facegen.adapters.ip_adapter_faceid import IPAdapterFaceID
 from facegen.errors import WrongRequest
-from facegen.training.diffusion import DiffusionSettings, new_adapters, new_model
+from facegen.training.diffusion import DiffusionObjective, DiffusionSettings
 from facegen.training.loop import Budget, LoopSettings, run
 from facegen.training.tokens import TokensObjective
-from facegen.training.vae import VAESettings, new_vae
-from facegen.world.tokenizer import build_tokenizer
 
+Teaching = Callable[[DiffusionSettings], DiffusionObjective]
 SIZES = DiffusionSettings(
     channels=(32, 64), text_width=128, text_layers=1, queries=8, resampler_depth=1, rank=2,
     ways={"ip_adapter_faceid": 0.5, "instantid": 0.5},
 )  # fmt: skip
 
 
-def both(folder: Path, queries: int = 8) -> tuple[InstantID, IPAdapterFaceID]:
-    torch.manual_seed(0)
-    settings = replace(SIZES, queries=queries)
-    vae = new_vae(VAESettings(channels=(16, 16, 32, 32), latent_channels=4))
-    model = new_model(vae, build_tokenizer(folder / "tokenizer"), settings)
-    adapters = new_adapters(model, 128, settings)
+def both(tiny_teaching: Teaching, queries: int = 8) -> tuple[InstantID, IPAdapterFaceID]:
+    adapters = tiny_teaching(replace(SIZES, queries=queries)).adapters
     pupil, master = adapters["instantid"], adapters["ip_adapter_faceid"]
     assert isinstance(pupil, InstantID)
     assert isinstance(master, IPAdapterFaceID)
@@ -41,8 +37,8 @@ def people(count: int) -> Tensor:
     return 12 * F.normalize(torch.randn(count, 128, generator=torch.Generator().manual_seed(5)), dim=1)
 
 
-def test_instantid_learns_to_say_what_faceid_says(tmp_path: Path) -> None:
-    pupil, master = both(tmp_path)
+def test_instantid_learns_to_say_what_faceid_says(tiny_teaching: Teaching, tmp_path: Path) -> None:
+    pupil, master = both(tiny_teaching)
     objective = TokensObjective(pupil, master, people(300), people(340)[300:], batch=32)
     net = {name: value.clone() for name, value in pupil.controlnet.state_dict().items()}
     before = objective.figures()["held_out_astray"]
@@ -55,9 +51,9 @@ def test_instantid_learns_to_say_what_faceid_says(tmp_path: Path) -> None:
     assert all(torch.equal(value, net[name]) for name, value in pupil.controlnet.state_dict().items())
 
 
-def test_the_same_tokens_said_twice_tell_the_layers_as_much(tmp_path: Path) -> None:
+def test_the_same_tokens_said_twice_tell_the_layers_as_much(tiny_teaching: Teaching) -> None:
     """At its own strength InstantID gives attention what FaceID gives at its own, once their tokens agree."""
-    pupil, master = both(tmp_path)
+    pupil, master = both(tiny_teaching)
     TokensObjective(pupil, master, people(4))
     tokens, query = torch.randn(1, 4, 128), torch.randn(1, 9, 32)
 
@@ -74,7 +70,7 @@ def test_the_same_tokens_said_twice_tell_the_layers_as_much(tmp_path: Path) -> N
     assert pupil.strength != master.strength
 
 
-def test_queries_that_are_no_multiple_are_said(tmp_path: Path) -> None:
-    pupil, master = both(tmp_path, queries=6)
+def test_queries_that_are_no_multiple_are_said(tiny_teaching: Teaching) -> None:
+    pupil, master = both(tiny_teaching, queries=6)
     with pytest.raises(WrongRequest, match="6 queries cannot say 4 tokens"):
         TokensObjective(pupil, master, people(4))

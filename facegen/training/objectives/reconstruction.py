@@ -14,6 +14,11 @@ def edges(image: Tensor) -> tuple[Tensor, Tensor]:
     return image[..., 1:] - image[..., :-1], image[..., 1:, :] - image[..., :-1, :]
 
 
+def mean_around(x: Tensor) -> Tensor:
+    """The mean of the 3 x 3 places around each, (B, C, H, W); those at the border count again beyond it."""
+    return F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
+
+
 def reconstruction_loss(found: Tensor, wanted: Tensor, scales: int = 2, weights: Tensor | None = None) -> Tensor:
     """Mean absolute and squared error of values and mean absolute error of edges. (B, 3, H, W) in [-1, 1] → scalar.
 
