@@ -207,6 +207,10 @@ def _load_onnx(path: Path, *, weights: bool) -> Any:
         return onnx.load(str(path), load_external_data=weights)
     except (DecodeError, OSError, ValueError) as error:
         raise CheckpointBroken(f"{path} is truncated or no ONNX file; fetch the file again.") from error
+    except onnx.checker.ValidationError as error:
+        raise CheckpointBroken(
+            f"The weights that belong to {path} are not beside it; fetch the files again."
+        ) from error
 
 
 def _interface(path: Path) -> tuple[list[list[int]], list[list[int]]]:

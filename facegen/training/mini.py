@@ -42,7 +42,7 @@ STEPS: Mapping[str, int] = {
     "recogniser": 4000,
     "judge": 4000,
     "attributes": 12000,
-    "parsing": 7000,
+    "parsing": 9000,
     "detector": 2500,
     "points": 1500,
     "points68": 1000,

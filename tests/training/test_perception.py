@@ -1,15 +1,18 @@
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
-from facegen.errors import WrongRequest
+from facegen.errors import CheckpointBroken, WrongRequest
 from facegen.evaluation.judges import load_judges, load_network
+from facegen.face.embed import ArcFace
 from facegen.face.networks import (
     AMOUNTS,
     CATEGORIES,
@@ -281,6 +284,24 @@ def test_the_exported_pack_keeps_insightface_s_contract(tmp_path: Path) -> None:
     with torch.no_grad():
         expected: Tensor = recogniser(crops)
     assert np.abs(session.run(None, {"input": crops.numpy()})[0] - expected.numpy()).max() < 1e-4
+
+
+def test_an_exported_pack_keeps_its_weights_once(tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pack = tmp_path / "pack"
+    for name, stem in (("detector", "det"), ("recogniser", "rec")):
+        export(name, small(name), tmp_path)
+        graph, weights = pack / f"{stem}.onnx", pack / f"{stem}.safetensors"
+        onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
+        alone = tmp_path / graph.name
+        shutil.copy(graph, alone)
+        with pytest.raises(Exception, match="half"):
+            onnxruntime.InferenceSession(alone, providers=["CPUExecutionProvider"])
+        large = [one for one in load_file(weights).values() if one.numel() >= 512]
+        assert large
+        assert not any(one.numpy().tobytes() in graph.read_bytes() for one in large)
+    with pytest.raises(CheckpointBroken, match=r"rec\.onnx are not beside it; fetch the files again"):
+        ArcFace.from_pretrained(tmp_path / "rec.onnx")
 
 
 def test_insightface_loads_an_exported_pack(tmp_path: Path) -> None:
