@@ -47,17 +47,17 @@ STEPS: Mapping[str, int] = {
     "points": 1500,
     "points68": 1000,
     "vae": 12000,
-    "decoder": 5600,
+    "decoder": 7600,
     "autoencoder": 12000,
     "teacher": 6800,
     "reader": 6600,
     "words": 1600,
     "diffusion": 29600,
     "critic": 600,
-    "reward": 7900,
+    "reward": 8000,
     "tokens": 1400,
     "instantid": 4700,
-    "instantid reward": 1200,
+    "instantid reward": 1400,
 }
 
 PAINTED = 1600  # pictures of the model's own that critics and the decoder learn from

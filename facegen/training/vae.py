@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 class VAESettings:
     """Sizes of the autoencoder and of its training batches."""
 
-    channels: tuple[int, ...] = (16, 32, 64, 96)
+    channels: tuple[int, ...] = (48, 32, 64, 96)  # widest where pixels are painted
     latent_channels: int = 8
     groups: int = 1  # more groups normalise a picture's overall colour away
     batch: int = 4
