@@ -14,7 +14,6 @@ from facegen.files import atomic
 from facegen.training.checkpoint import save_tensors
 
 OPSET = 17
-_HALF = ".half"  # what is added to a weight's name in ONNX where it is kept in half precision
 JUDGES = ("judge", "attributes", "parsing")
 
 
@@ -49,21 +48,22 @@ def export(name: str, net: nn.Module, assets: Path) -> list[Path]:
         return [_weights(net, assets / "judges" / name)]
     if isinstance(net, RecogniserNet):
         size, weights = net.config["size"], _weights(net, assets / "pack" / "rec")
-        path = _onnx(net, torch.zeros(1, 3, size, size), weights.with_suffix(".onnx"), {0: "batch"}, ["embedding"])
-        _share(path, weights)
+        path, example = weights.with_suffix(".onnx"), torch.zeros(1, 3, size, size)
+        _onnx(net, example, path, {0: "batch"}, ["embedding"], weights)
         return [path, weights]
     if isinstance(net, DetectorNet):
         names = [f"{kind}_{stride}" for kind in ("score", "box", "points") for stride in (8, 16, 32)]
         pack, example = _Pack(net).eval(), torch.zeros(1, 3, 320, 320)
         weights = _weights(net, assets / "pack" / "det")
-        path = _onnx(pack, example, weights.with_suffix(".onnx"), {2: "height", 3: "width"}, names)
-        _share(path, weights, "net.")
+        path = weights.with_suffix(".onnx")
+        _onnx(pack, example, path, {2: "height", 3: "width"}, names, weights)
         return [path, weights]
     assert isinstance(net, KeypointNet), name
     if net.count != 5:
         return [_weights(net, assets / "pack" / name)]
     size = net.config["size"]
-    return [_onnx(net, torch.zeros(1, 1, size, size), assets / "pack" / "points.onnx", {0: "batch"}, ["points"])]
+    _onnx(net, torch.zeros(1, 1, size, size), assets / "pack" / "points.onnx", {0: "batch"}, ["points"])
+    return [assets / "pack" / "points.onnx"]
 
 
 @torch.no_grad()
@@ -84,8 +84,10 @@ def _weights(net: nn.Module, stem: Path) -> Path:
     return stem.with_suffix(".safetensors")
 
 
-def _onnx(net: nn.Module, example: Tensor, path: Path, free: dict[int, str], outputs: list[str]) -> Path:
-    """Export by tracing; ``free`` names the input's axes that may have any length."""
+def _onnx(
+    net: nn.Module, example: Tensor, path: Path, free: dict[int, str], outputs: list[str], weights: Path | None = None
+) -> None:
+    """Export by tracing; ``free`` names the input's axes that may have any length, ``weights`` as in :func:`_halve`."""
     axes = {"input": free}
     if 0 in free:
         axes |= {name: {0: free[0]} for name in outputs}
@@ -99,15 +101,19 @@ def _onnx(net: nn.Module, example: Tensor, path: Path, free: dict[int, str], out
             # Folding batch norms would move the weights off the half-precision grid; onnxruntime folds by itself.
             training=torch.onnx.TrainingMode.PRESERVE, do_constant_folding=False,
         )  # fmt: skip
-        _halve(temporary)
-    return path
+        _halve(temporary, weights)
 
 
-def _halve(path: Path, smallest: int = 512) -> None:
-    """Store the large weights of an ONNX file in half precision, each with a cast that onnxruntime folds at loading."""
+def _halve(path: Path, weights: Path | None, smallest: int = 512) -> None:
+    """Store the large weights of an ONNX file in half precision, each with a cast that onnxruntime folds at loading.
+
+    With ``weights``, a file beside it that holds the same bytes, they are kept there alone (ONNX's external data).
+    """
     import onnx
     from onnx import TensorProto, helper, numpy_helper
+    from onnx.external_data_helper import set_external_data
 
+    kept = b"" if weights is None else weights.read_bytes()
     model = onnx.load(str(path))
     casts = []
     for tensor in model.graph.initializer:
@@ -115,29 +121,12 @@ def _halve(path: Path, smallest: int = 512) -> None:
         if tensor.data_type != TensorProto.FLOAT or array.size < smallest:
             continue
         name = tensor.name
-        tensor.CopyFrom(numpy_helper.from_array(array.astype("float16"), f"{name}{_HALF}"))
-        casts.append(helper.make_node("Cast", [f"{name}{_HALF}"], [name], name=f"/cast/{name}", to=TensorProto.FLOAT))
+        tensor.CopyFrom(numpy_helper.from_array(array.astype("float16"), f"{name}.half"))
+        if weights is not None:
+            set_external_data(tensor, weights.name, offset=kept.index(tensor.raw_data), length=len(tensor.raw_data))
+            tensor.ClearField("raw_data")
+        casts.append(helper.make_node("Cast", [f"{name}.half"], [name], name=f"/cast/{name}", to=TensorProto.FLOAT))
     # insightface looks for mxnet's normalisation among the first eight nodes: the casts may come first, they are none.
     for cast in reversed(casts):
         model.graph.node.insert(0, cast)
     onnx.save(model, str(path))
-
-
-def _share(path: Path, weights: Path, prefix: str = "") -> None:
-    """Let an ONNX file read its large weights from the .safetensors beside it (ONNX's external data), so that they are
-    kept once. `prefix`: what their names begin with in ONNX."""
-    import onnx
-    from onnx.external_data_helper import set_external_data
-
-    content = weights.read_bytes()
-    start = 8 + int.from_bytes(content[:8], "little")
-    places = {name: one["data_offsets"] for name, one in json.loads(content[8:start]).items() if name != "__metadata__"}
-    model = onnx.load(str(path))
-    for tensor in model.graph.initializer:
-        if tensor.name.endswith(_HALF):
-            first, last = places[tensor.name.removeprefix(prefix).removesuffix(_HALF)]
-            assert content[start + first : start + last] == tensor.raw_data, tensor.name
-            set_external_data(tensor, weights.name, offset=start + first, length=last - first)
-            tensor.ClearField("raw_data")
-    with atomic(path) as temporary:
-        onnx.save(model, str(temporary))
