@@ -180,6 +180,9 @@ class HelloRequest(Request):
     guidance_scale: float = number(2.5, "How closely to follow the prompts.", low=0, high=50, alias="guidance")
     seed: int = integer(1, "Where the noise starts.", low=0, high=2**53)
     count: int = integer(12, "How many portraits.", low=1, high=12)
+    tries: int = integer(
+        3, "How often a portrait is tried until the judges find the person and the prompt in it.", low=1, high=100
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -403,8 +406,9 @@ def _make(pipe: Pipeline[Any], request: Any, place: Place, arguments: argparse.N
     with bar(arguments) as progress:
         for picture, report in pipe.stream(asked, watch=_watch(progress)):
             assert picture.record is not None
-            seed = getattr(asked, "seed", None)
-            path = place.path(picture.record.index, several, None if seed is None else seed + picture.record.index)
+            # Not the request's: a picture that was tried again has another.
+            seed = None if report.provenance is None else report.provenance.seed
+            path = place.path(picture.record.index, several, seed)
             picture.save(path)
             written.append(path)
             with progress.aside():

@@ -61,6 +61,7 @@ def portraits(pipe: Pipeline[Any], request: Any, watch: Watch) -> Iterator[Portr
                     "prompt": prompt,
                     "adapters": (request.adapter,),
                     "seed": request.seed + place,
+                    "tries": request.tries,
                     "num_inference_steps": request.num_inference_steps,
                     "guidance_scale": request.guidance_scale,
                 },
@@ -80,7 +81,7 @@ def sheet(photos: Sequence[Any], made: Sequence[Portrait]) -> Image.Image:
     rows = -(-len(made) // columns)
     left = _TILE + 2 * _GAP
     width = left + columns * (_TILE + _GAP) + _GAP
-    legend = _TILE + 2 * _GAP + 28 + 18 * 4
+    legend = _TILE + 2 * _GAP + 28 + 18 * 5
     height = max(rows * (_TILE + _LABEL + _GAP) + 2 * _GAP, legend)
     page = Image.new("RGB", (width, height), _PAPER)
     pen = ImageDraw.Draw(page)
@@ -114,6 +115,9 @@ def _legend(made: Sequence[Portrait]) -> list[str]:
         return ["likeness not judged"]
     mean = sum(one.cosine for one in judged) / len(judged)
     lines = [f"mean likeness {mean:.2f}"]
+    tries = sum(int(portrait.report.measures.get("tries", 1)) for portrait in made)
+    if tries > len(made):
+        lines.append(f"the best of {tries} pictures")
     if judged[0].ceiling is not None and judged[0].floor is not None:
         lines += [f"two photos of one person {judged[0].ceiling:.2f}", f"two strangers {judged[0].floor:.2f}"]
     return [*lines, "AI-generated"]

@@ -96,6 +96,10 @@ class PersonRequest(Request):
         None, "Where the noise starts; picture i uses seed + i. Drawn by lot when not given.",
         low=0, high=2**53, optional=True,
     )  # fmt: skip
+    tries: int = integer(
+        1, "How often a picture is tried, with other seeds, until the judges find the person and all of the prompt in"
+        " it; the best is kept.", low=1, high=100, slider=(1, 8, 1),
+    )  # fmt: skip
     num_inference_steps: int = integer(
         30, "How many denoising steps.", low=1, high=1000, slider=(4, 60, 1), alias="steps"
     )
@@ -376,6 +380,8 @@ class Pipeline(ABC, Generic[R]):
         if latents is not None:
             if not isinstance(made, PersonRequest):
                 raise WrongRequest(f"{self.name} does not start from noise; leave latents out.")
+            if made.tries > 1:
+                raise WrongRequest("With given latents every try would be the same picture; leave tries out.")
             made = replace(made, latents=checked(latents, made.num_images_per_prompt))
         return cast(R, made)
 
@@ -391,6 +397,9 @@ class Pipeline(ABC, Generic[R]):
         from facegen.given_noise import told
 
         watch = watch or Watch()
+        if getattr(request, "tries", 1) > 1:
+            yield from self._best(request, conditions, watch, indices)
+            return
         record = metadata.Record(
             pipeline=self.name,
             loaded=self._loaded_json(request),
@@ -407,6 +416,27 @@ class Pipeline(ABC, Generic[R]):
                 report = replace(self._report(picture, painted, request, index), seconds=round(seconds, 3))
                 yield picture.with_report(report.to_json()), report
             began = time.perf_counter()
+
+    def _best(
+        self, request: Any, conditions: Sequence[Condition], watch: Watch, indices: Sequence[int] | None
+    ) -> Iterator[tuple[metadata.Picture, Report]]:
+        """The best of several tries of each picture; its record is that of a single one, with the seed that it had.
+
+        The t-th try of picture i has the seed + 1000 t + i; of more than a thousand pictures N, seed + N t + i. So no
+        two of them begin with the same noise, nor with that of calls with the next few seeds.
+        """
+        count, tries = request.num_images_per_prompt, request.tries
+        apart = max(1000, count)
+        for index in range(count) if indices is None else sorted(indices):
+            made: list[tuple[metadata.Picture, Report]] = []
+            while len(made) < tries and not (made and made[-1][1].faultless):
+                once = replace(request, tries=1, batch_size=1, seed=request.seed + len(made) * apart)
+                part = _within(watch, index * tries + len(made), count * tries)
+                made += self.stream(once, conditions, part, [index])
+            picture, report = max(made, key=lambda one: one[1].merit)
+            seconds = round(sum(one.seconds or 0.0 for _, one in made), 3)
+            report = replace(report, seconds=seconds, measures={**report.measures, "tries": float(len(made))})
+            yield picture.with_report(report.to_json()), report
 
     @abstractmethod
     def paint(
@@ -873,6 +903,15 @@ class Pipeline(ABC, Generic[R]):
         from facegen import metadata
 
         return to_json(request, lambda photo: metadata.photo_record(photo, examples.photo))
+
+
+def _within(watch: Watch, part: int, parts: int) -> Watch:
+    """Who is told of a call that is the `part`-th of `parts` equal ones."""
+
+    def tell(now: Progress) -> None:
+        watch.tell(replace(now, done=part * now.total + now.done, total=parts * now.total))
+
+    return Watch(on_progress=tell)
 
 
 def _per_step(curve: Curve | None, steps: int) -> Curve | None:

@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+NO_FACE = "no face found"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Likeness:
@@ -97,6 +99,30 @@ class Report:
     not_judged: Mapping[str, str] = field(default_factory=dict)  # what → why
     warnings: tuple[str, ...] = ()
     seconds: float | None = None
+
+    @property
+    def merit(self) -> tuple[float, float]:
+        """How well the picture came out, to compare it with others of the same wish, the more the better.
+
+        First the people asked for (each 1 from the judge's threshold on) and the share of the prompt's things that are
+        shown, 0 to 2 together; then the mean cosine. A judge without a threshold is never content.
+        """
+        wanted = [one.likeness for one in self.people] or ([] if self._nobody else [self.likeness])
+        cosines = [0.0 if one is None else one.cosine for one in wanted]
+        there = [0.0 if one is None else max(0.0, min(one.cosine / (one.threshold or 2.0), 1.0)) for one in wanted]
+        asked = self.obedience.asked if self.obedience else ()
+        shown = len(self.obedience.hit) / len(asked) if self.obedience and asked else 1.0
+        return (sum(there) / len(there) if there else 1.0) + shown, sum(cosines) / max(len(cosines), 1)
+
+    @property
+    def faultless(self) -> bool:
+        """Whether the judges find nothing to better: everybody is there, and all that the prompt asks for."""
+        return self.merit[0] >= 2.0
+
+    @property
+    def _nobody(self) -> bool:
+        """Whether nobody was asked for, or nobody could judge who it is."""
+        return self.likeness is None and self.not_judged.get("likeness") != NO_FACE
 
     def __str__(self) -> str:
         parts = [str(part) for part in (self.likeness,) if part]
@@ -186,7 +212,7 @@ class Judges:
             if found is None or self.likeness is None:
                 missing["likeness"] = self.reasons.get("likeness", "no judge fits these weights")
             elif not found:
-                missing["likeness"] = "no face found"
+                missing["likeness"] = NO_FACE
             else:
                 face = max(found, key=_size) if near is None else min(found, key=lambda one: _distance(one, near))
                 likeness = self.of(self.likeness.cosine(face, references))
