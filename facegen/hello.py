@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from PIL import Image, ImageFont
 
     from facegen.metadata import Picture
-    from facegen.pipeline import Pipeline, Progress, Watch
+    from facegen.pipeline import Pipeline, Watch
     from facegen.report import Report
 
 # What stands under a portrait, and the prompt it is made from.
@@ -45,14 +45,8 @@ class Portrait:
 
 def portraits(pipe: Pipeline[Any], request: Any, watch: Watch) -> Iterator[Portrait]:
     """The portraits one by one; `request` is the command's HelloRequest, `pipe` a GeneratePipeline."""
-    from facegen.pipeline import Progress, Watch
-
     looks = LOOKS[: request.count]
     for place, (label, prompt) in enumerate(looks):
-
-        def tell(now: Progress, place: int = place) -> None:
-            watch.tell(Progress(stage=now.stage, done=place * now.total + now.done, total=len(looks) * now.total))
-
         asked = pipe.resolve(
             pipe.request(
                 None,
@@ -67,7 +61,7 @@ def portraits(pipe: Pipeline[Any], request: Any, watch: Watch) -> Iterator[Portr
                 },
             )
         )
-        for picture, report in pipe.stream(asked, watch=Watch(on_progress=tell)):
+        for picture, report in pipe.stream(asked, watch=watch.within(place, len(looks))):
             yield Portrait(label=label, prompt=prompt, picture=picture, report=report)
 
 

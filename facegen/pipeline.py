@@ -178,6 +178,14 @@ class Watch:
         if self.on_progress is not None:
             self.on_progress(progress)
 
+    def within(self, part: int, parts: int) -> Watch:
+        """Who is told of a call that is the `part`-th, counted from 0, of `parts` equal ones."""
+
+        def tell(now: Progress) -> None:
+            self.tell(replace(now, done=part * now.total + now.done, total=parts * now.total))
+
+        return Watch(on_progress=tell)
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Painted:
@@ -431,7 +439,7 @@ class Pipeline(ABC, Generic[R]):
             made: list[tuple[metadata.Picture, Report]] = []
             while len(made) < tries and not (made and made[-1][1].faultless):
                 once = replace(request, tries=1, batch_size=1, seed=request.seed + len(made) * apart)
-                part = _within(watch, index * tries + len(made), count * tries)
+                part = watch.within(index * tries + len(made), count * tries)
                 made += self.stream(once, conditions, part, [index])
             picture, report = max(made, key=lambda one: one[1].merit)
             seconds = round(sum(one.seconds or 0.0 for _, one in made), 3)
@@ -903,15 +911,6 @@ class Pipeline(ABC, Generic[R]):
         from facegen import metadata
 
         return to_json(request, lambda photo: metadata.photo_record(photo, examples.photo))
-
-
-def _within(watch: Watch, part: int, parts: int) -> Watch:
-    """Who is told of a call that is the `part`-th of `parts` equal ones."""
-
-    def tell(now: Progress) -> None:
-        watch.tell(replace(now, done=part * now.total + now.done, total=parts * now.total))
-
-    return Watch(on_progress=tell)
 
 
 def _per_step(curve: Curve | None, steps: int) -> Curve | None:
