@@ -763,7 +763,7 @@ def _again(record: Any, arguments: argparse.Namespace) -> int:
     place = Place.of(arguments.output, f"{stem}-again")
     pipe = _load(task(record.pipeline), loading, arguments)
     pipe.load_recorded_adapters(record)
-    with bar(arguments) as progress:
+    with bar(arguments) as progress, _as_many_threads(record):
         ((picture, report),) = pipe.stream(pipe.resolve(request), watch=_watch(progress), indices=[record.index])
     path = place.path(record.index, False, None)
     picture.save(path)
@@ -783,9 +783,31 @@ def _again(record: Any, arguments: argparse.Namespace) -> int:
     return 0
 
 
+_MOST_THREADS = 1024  # a record may be damaged
+
+
+@contextmanager
+def _as_many_threads(record: Any) -> Iterator[None]:
+    """As many as the picture was made with, on whose number the last bit hangs; older pictures do not tell it."""
+    import torch
+
+    now, then = torch.get_num_threads(), record.loaded.get("threads")
+    if isinstance(then, int) and 0 < then <= _MOST_THREADS:
+        torch.set_num_threads(then)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(now)
+
+
+# What the last bit hangs on beyond weights and request; older pictures do not tell of it.
+_MACHINE = {"torch": "version of PyTorch", "threads": "number of threads"}
+
+
 def _changes(before: Any, now: Any) -> list[str]:
     """What is not as it was when a picture was made."""
     names = {"sha256": "base model", "device": "device", "dtype": "precision", "adapters": "adapter", "loras": "LoRA"}
+    names |= {name: said for name, said in _MACHINE.items() if name in before.loaded}
     told = [f"another {said} than then" for name, said in names.items() if before.loaded[name] != now.loaded[name]]
     if before.version != now.version:
         told = [f"made by facegen {before.version}, this is {now.version}", *told]

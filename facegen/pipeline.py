@@ -892,10 +892,15 @@ class Pipeline(ABC, Generic[R]):
         return replace(report, people=people, measures=measures)
 
     def _loaded_json(self, request: R) -> dict[str, Any]:
+        import torch
+
         adapters: tuple[str, ...] = getattr(request, "adapters", ())
         loras: Mapping[str, Any] = getattr(request, "loras", {})
         return {
             **to_json(self.loaded.loading),
+            # Sums over threads end in other last bits with another number of them.
+            "torch": str(torch.__version__),
+            "threads": torch.get_num_threads(),
             "tiling": self.model.memory.tiling,
             "device": str(self.model.device),
             "dtype": str(self.model.dtype).removeprefix("torch."),

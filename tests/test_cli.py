@@ -8,10 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from facegen import metadata
@@ -123,6 +126,40 @@ def test_generate_then_read_then_run_again(
     assert metadata.read(again).request == metadata.read(paths[1]).request
 
 
+def test_run_again_takes_as_many_threads_as_then(
+    quick: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, again = tmp_path / "out" / "generate-5.png", tmp_path / "again.png"
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert main(["generate", "--quiet", *quick]) == 0
+        assert metadata.read(path).loaded["threads"] == 3
+        torch.set_num_threads(1)
+        assert main(["read", str(path), "--run", "-o", str(again)]) == 0
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+    assert "the same picture to the last bit" in capsys.readouterr().out
+    assert metadata.read(again).loaded["threads"] == 3
+
+
+@pytest.mark.parametrize(
+    ("then", "said"), [({"threads": 10**9}, "number of threads"), ({"torch": "1.13"}, "version of PyTorch")]
+)
+def test_run_again_tells_what_the_last_bit_hangs_on(
+    quick: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], then: dict[str, Any], said: str
+) -> None:
+    assert main(["generate", "--quiet", *quick]) == 0
+    path = tmp_path / "out" / "generate-5.png"
+    record = metadata.read(path)
+    with Image.open(path) as image:
+        metadata.Picture.of(image, replace(record, loaded={**record.loaded, **then})).save(path)
+    capsys.readouterr()
+    assert main(["read", str(path), "--run", "-o", str(tmp_path / "again.png")]) == 0
+    assert f"another {said} than then" in capsys.readouterr().out
+
+
 def test_an_older_picture_is_not_overwritten_unless_named(quick: list[str], tmp_path: Path) -> None:
     for _ in range(2):
         assert main(["generate", "--quiet", *quick]) == 0
@@ -158,8 +195,6 @@ def test_a_photo_that_changed_is_not_run_again(
     path = tmp_path / "out" / "generate-5.png"
     record = metadata.read(path)
     gone = {**record.request, "faces": [{"path": str(tmp_path / "me.jpg"), "sha256": "0" * 64}]}
-    from dataclasses import replace
-
     with Image.open(path) as image:
         metadata.Picture.of(image, replace(record, request=gone)).save(tmp_path / "other.png")
     capsys.readouterr()
